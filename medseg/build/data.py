@@ -1,0 +1,147 @@
+"""From a workflow to the preprocessed cases of one fold."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from medseg.data import phantom
+from medseg.data.dataset import CaseCache, CachedCase, absent_labels
+from medseg.data.manifest import Case, Manifest, cache_folder, expand_variables
+from medseg.data.nifti import read_geometry
+from medseg.data.transforms import foreground_statistics
+from medseg.display import progress_bar
+from medseg.errors import DataError, WorkflowError
+from medseg.labels import Labels
+from medseg.model import Intensity, Preprocessing
+from medseg.workflow import IntensityChoice, Workflow
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The cases of one fold, preprocessed.
+
+    Args:
+        manifest: Where they come from.
+        fold: The fold held out.
+        preprocessing: With all numbers resolved on the training side.
+        training: Cases to learn from.
+        validation: Cases held out.
+        held_out: The same as `validation`, as the manifest has them.
+        hashes: sha256 of each file.
+    """
+
+    manifest: Manifest
+    fold: int
+    preprocessing: Preprocessing
+    training: Sequence[CachedCase]
+    validation: Sequence[CachedCase]
+    held_out: Sequence[Case]
+    hashes: Mapping[Path, str]
+
+    @property
+    def labels(self) -> Labels:
+        return self.manifest.labels
+
+
+def training_data(workflow: Workflow, fold: int) -> TrainingData:
+    """Split, resolve and preprocess the workflow's cases."""
+    source = manifest(workflow)
+    with workflow.blamed("validate", "fold"):
+        training, held_out = source.split(fold)
+    if workflow.train.batch_size > len(training):
+        raise WorkflowError(
+            "E-BATCH-SIZE",
+            f"batch_size {workflow.train.batch_size} but fold {fold} has {len(training)} training cases; "
+            f"use {len(training)} or fewer (train.accumulate makes batches larger)",
+            where=workflow.where("train", "batch_size"),
+        )
+    resolved = preprocessing(workflow, source, training)
+    cache = CaseCache(_cache_folder(workflow), resolved, source.labels, in_memory=workflow.data.cache == "ram")
+    with workflow.blamed("data", "manifest"):
+        cached = cache.prepare([*training, *held_out])
+        absent = absent_labels(cached[: len(training)], source.labels)
+        if absent:
+            raise DataError(
+                "E-LABEL-ABSENT",
+                f"the manifest declares {', '.join(map(repr, absent))}, which no training case of fold {fold} contains; "
+                "remove it from labels or correct the label files",
+            )
+    hashes = {file: cache.hash_of(file) for case in source.training for file in case.files}
+    return TrainingData(source, fold, resolved, cached[: len(training)], cached[len(training) :], held_out, hashes)
+
+
+def manifest(workflow: Workflow) -> Manifest:
+    """The workflow's data set; a phantom's cases are made if they are not there yet."""
+    with workflow.blamed("data", "manifest"):
+        path = workflow.file.parent / expand_variables(workflow.data.manifest, str(workflow.file))
+        loaded = Manifest.load(path)
+        if loaded.phantom:
+            _make_phantoms(loaded)
+        loaded.check_files()
+    return loaded
+
+
+def preprocessing(workflow: Workflow, source: Manifest, training: Sequence[Case]) -> Preprocessing:
+    """Spacing and intensities as numbers, from the training side of the fold alone."""
+    chosen = workflow.data
+    intensity = _per_channel(workflow, source)
+    plain = Preprocessing(
+        orientation=chosen.orientation,
+        spacing_mm=None,
+        intensity=tuple(Intensity(clip=c.clip, normalize="none") for c in intensity),
+        select_volume=chosen.select_volume,
+        assume_spacing_mm=chosen.assume_spacing_mm,
+    )
+    with workflow.blamed("data", "spacing_mm"):
+        spacing_mm = _spacing(workflow, plain, training)
+    if any(c.normalize == "foreground" for c in intensity):
+        statistics = foreground_statistics([(case.images, case.label) for case in training], plain)
+    else:
+        statistics = [(None, None)] * len(intensity)
+    numbers = tuple(
+        Intensity(c.clip, c.normalize, *(known if c.normalize == "foreground" else (None, None)))
+        for c, known in zip(intensity, statistics, strict=True)
+    )
+    return replace(plain, spacing_mm=spacing_mm, intensity=numbers)
+
+
+def _per_channel(workflow: Workflow, source: Manifest) -> tuple[IntensityChoice, ...]:
+    chosen = workflow.data.intensity
+    if isinstance(chosen, IntensityChoice):
+        return (chosen,) * len(source.channels)
+    if len(chosen) != len(source.channels):
+        raise WorkflowError(
+            "E-CHANNELS",
+            f"{len(chosen)} entries for {len(source.channels)} channels {list(source.channels)}; give one for each, or one for all",
+            where=workflow.where("data", "intensity"),
+        )
+    return chosen
+
+
+def _spacing(workflow: Workflow, plain: Preprocessing, training: Sequence[Case]) -> tuple[float, ...] | None:
+    chosen = workflow.data.spacing_mm
+    if chosen == "native":
+        return None
+    if chosen != "median":
+        return tuple(chosen)
+    geometries = [read_geometry(case.images[0], assume_spacing_mm=plain.assume_spacing_mm) for case in training]
+    spacings = [plain.geometry(geometry).spacing_mm for geometry in geometries]
+    return tuple(float(s) for s in np.median(spacings, axis=0))
+
+
+def _cache_folder(workflow: Workflow) -> Path:
+    if workflow.data.cache == "none":
+        return Path(tempfile.mkdtemp(prefix="medseg-"))
+    return cache_folder() / "cases"
+
+
+def _make_phantoms(source: Manifest) -> None:
+    total = len(source.training) + len(source.test)
+    with progress_bar() as bar:
+        task = bar.add_task("making phantom cases", total=total)
+        phantom.make_cases(source.root, source=source.source, on_case=lambda: bar.advance(task))

@@ -1,0 +1,136 @@
+"""From names and numbers to a network, and from a model folder to a predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medseg.build.data import TrainingData
+from medseg.errors import ModelError, WorkflowError
+from medseg.inference.predictor import Predictor
+from medseg.model import ModelSpec, Window, load_model
+from medseg.nets import NETS
+from medseg.nets.slices import OnSlices
+from medseg.registry import check_arguments
+from medseg.tracking.mlflow_tracker import model_folder
+from medseg.workflow import Workflow
+
+NETWORK_PARAMETERS = ("spatial_dims", "in_channels", "out_channels", "deep_supervision")
+"""What medseg passes to every network itself."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What to compute on.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        devices: How many.
+    """
+
+    device: str = "auto"
+    devices: int = 1
+
+    @property
+    def accelerator(self) -> str:
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise WorkflowError("E-DEVICE", "no CUDA device is visible to torch; use --device cpu, or install torch with CUDA")
+        return self.device
+
+
+def has_bf16(accelerator: str) -> bool:
+    """Whether bf16 is computed by the hardware (emulated, it is slower than fp32)."""
+    if accelerator == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def specification(workflow: Workflow, data: TrainingData, provenance: Mapping[str, Any]) -> ModelSpec:
+    """Everything about the model but its weights."""
+    return ModelSpec(
+        network=workflow.network.name,
+        network_args=workflow.network.args,
+        spatial_dims=len(workflow.train.patch_size),
+        channels=data.manifest.channels,
+        labels=data.labels,
+        preprocessing=data.preprocessing,
+        window=Window(
+            patch_size=workflow.train.patch_size,
+            overlap=workflow.infer.overlap,
+            weighting=workflow.infer.weighting,
+            slice_axis=workflow.data.slice_axis,
+            context_slices=workflow.data.context_slices,
+            mirror_axes=workflow.infer.mirror_axes,
+        ),
+        postprocess=workflow.infer.postprocess,
+        provenance=provenance,
+    )
+
+
+def network(spec: ModelSpec, *, deep_supervision: bool = False) -> nn.Module:
+    """The network of a model, untrained; a 2D network comes wrapped for volumes."""
+    entry = NETS[spec.network]
+    check_arguments(f"network {spec.network!r}", entry.network, spec.network_args, NETWORK_PARAMETERS)
+    window = spec.window
+    extra = {"deep_supervision": True} if deep_supervision else {}
+    channels = len(spec.channels) * (1 if spec.spatial_dims == 3 else 1 + 2 * window.context_slices)
+    try:
+        made = entry.network(
+            spatial_dims=spec.spatial_dims,
+            in_channels=channels,
+            out_channels=spec.labels.num_outputs,
+            **spec.network_args,
+            **extra,
+        )
+    except (TypeError, ValueError) as error:
+        raise WorkflowError("E-ARGUMENT", f"network {spec.network!r}: {error}") from None
+    return made if spec.spatial_dims == 3 else OnSlices(made, window.slice_axis, window.context_slices)
+
+
+def predictor(
+    model: str,
+    *,
+    device: str = "auto",
+    overlap: float | None = None,
+    tta: bool = False,
+    tracking_uri: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Predictor:
+    """A trained model, ready to segment.
+
+    Args:
+        model: A model folder, a run folder, or an MLflow run id.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        overlap: Instead of the model's own.
+        tta: Mirror along all axes.
+        tracking_uri: Where to look for run ids.
+        weights: Instead of the stored ones.
+    """
+    spec, stored = load_model(find_model(model, tracking_uri))
+    window = spec.window
+    if overlap is not None:
+        window = replace(window, overlap=overlap)
+    if tta:
+        axes = tuple(a for a in range(3) if spec.spatial_dims == 3 or a != window.slice_axis)
+        window = replace(window, mirror_axes=axes)
+    net = network(spec)
+    net.load_state_dict(dict(weights or stored))
+    return Predictor(replace(spec, window=window), net, device=Hardware(device).accelerator)
+
+
+def find_model(model: str, tracking_uri: str | None = None) -> Path:
+    """The folder with model.json that a MODEL argument means."""
+    path = Path(model)
+    for folder in (path, path / "model"):
+        if (folder / "model.json").exists():
+            return folder
+    if path.is_dir():
+        raise ModelError("E-MODEL", "holds no model.json; name a model folder, or a run folder whose training has ended", where=model)
+    return model_folder(model, tracking_uri)

@@ -1,0 +1,243 @@
+"""From a workflow to everything that trains: trainer, loss, validator, tracker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from medseg.build.data import TrainingData
+from medseg.build.model import Hardware, find_model, has_bf16, network, specification
+from medseg.data.augment import Augmentation, augmentation
+from medseg.data.dataset import CachedCase, PatchDataset, StepSampler, patch_loader
+from medseg.data.manifest import expand_variables
+from medseg.errors import WorkflowError
+from medseg.inference.sliding_window import sliding_window
+from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
+from medseg.metrics import METRICS
+from medseg.model import ModelSpec, load_model
+from medseg.nets.slices import OnSlices
+from medseg.registry import check_arguments
+from medseg.reporting.overlay import contour_picture
+from medseg.tracking.mlflow_tracker import MlflowTracker
+from medseg.training import optim
+from medseg.training.run_folder import RunFolder
+from medseg.training.trainer import Observer, Settings, Tracker, Trainer
+from medseg.training.validator import Validator
+from medseg.workflow import Ramp as RampChoice
+from medseg.workflow import Workflow
+
+
+def trainer(
+    workflow: Workflow,
+    data: TrainingData,
+    *,
+    folder: RunFolder,
+    tracker: Tracker,
+    observer: Observer,
+    hardware: Hardware,
+) -> Trainer:
+    """Everything that trains, ready to `fit`."""
+    options = workflow.train
+    spec = specification(workflow, data, {})
+    torch.manual_seed(options.seed)
+    with workflow.blamed("network"):
+        net = network(spec, deep_supervision=options.deep_supervision)
+    with workflow.blamed("train", "patch_size"):
+        _unwrapped(net).check_size(options.patch_size)
+    with workflow.blamed("init"):
+        _start_from(workflow, net)
+    fabric = Fabric(accelerator=hardware.accelerator, devices=hardware.devices, precision=_precision(workflow, hardware))
+    if hardware.devices > 1:
+        fabric.launch()
+    parameters = options.optimizer
+    optimizer = optim.make_optimizer(
+        parameters.name,
+        net.parameters(),
+        lr=parameters.lr,
+        weight_decay=parameters.weight_decay,
+        momentum=parameters.momentum,
+        betas=parameters.betas,
+    )
+    return Trainer(
+        fabric,
+        net,
+        loss=loss(workflow, net),
+        optimizer=optimizer,
+        rate=_rate(workflow),
+        batches=_batches(workflow, data, spec, fabric),
+        target=data.labels.target,
+        validate=validator(workflow, data, spec, fabric),
+        settings=Settings(
+            iterations=options.iterations,
+            validate_every=options.validate_every,
+            lr=parameters.lr,
+            clip_grad_norm=options.clip_grad_norm,
+            accumulate=options.accumulate,
+            early_stop=options.early_stop,
+            ema=options.ema,
+            seed=options.seed,
+            scored=data.labels.organs,
+        ),
+        folder=folder,
+        tracker=tracker,
+        observer=observer,
+    )
+
+
+def loss(workflow: Workflow, net: nn.Module) -> nn.Module:
+    """The weighted sum of the workflow's losses, at every output under deep supervision."""
+    terms, weights = [], []
+    for n, term in enumerate(workflow.loss):
+        with workflow.blamed("loss", n):
+            kind = LOSSES[term.name]
+            check_arguments(f"loss {term.name!r}", kind, term.args)
+            try:
+                terms.append(kind(**term.args))
+            except (TypeError, ValueError) as error:
+                raise WorkflowError("E-ARGUMENT", f"loss {term.name!r}: {error}") from None
+        weight = term.weight
+        weights.append(Ramp(weight.start, weight.end, weight.over) if isinstance(weight, RampChoice) else weight)
+    summed = Compound(terms, weights)
+    if workflow.train.deep_supervision:
+        return DeepSupervision(summed, _unwrapped(net).extra_weights)
+    return summed
+
+
+def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fabric) -> Validator:
+    """Scores a network on the held-out cases, on the preprocessed grid."""
+    chosen = workflow.validate_
+    for name in chosen.metrics:
+        with workflow.blamed("validate", "metrics"):
+            METRICS[name]
+    window = replace(spec.window, overlap=chosen.overlap, mirror_axes=())
+
+    def segment(net: nn.Module, image: Tensor) -> Tensor:
+        with fabric.autocast():
+            return sliding_window(image, net, window, num_outputs=data.labels.num_outputs)
+
+    def draw(case: CachedCase, predicted: Any, title: str) -> Any:
+        return contour_picture(
+            np.asarray(case.image[0], dtype=np.float32),
+            case.label[0],
+            predicted,
+            labels=data.labels,
+            spacing_mm=case.geometry.spacing_mm,
+            title=title,
+        )
+
+    cases = data.validation
+    if len(cases) > chosen.max_cases:  # evenly spread, the same ones each time
+        cases = [cases[n] for n in np.linspace(0, len(cases) - 1, chosen.max_cases).round().astype(int)]
+    return Validator(cases, data.labels, segment=segment, draw=draw, unions=chosen.unions, device=fabric.device)
+
+
+def tracker(
+    workflow: Workflow, folder: Path, *, run_name: str, tags: Mapping[str, str], parent_run_id: str | None = None
+) -> MlflowTracker:
+    """The MLflow run of a run folder: a new one, or the folder's own reopened."""
+    return MlflowTracker.start(
+        folder,
+        uri=workflow.track.uri,
+        experiment=workflow.track.experiment or workflow.name,
+        run_name=run_name,
+        params=_flat(workflow.model_dump(mode="json", by_alias=True)),
+        tags=tags,
+        parent_run_id=parent_run_id,
+    )
+
+
+def _start_from(workflow: Workflow, net: nn.Module) -> None:
+    if workflow.init is None:
+        return
+    path = workflow.file.parent / expand_variables(workflow.init.model, str(workflow.file))
+    _, weights = load_model(find_model(str(path) if path.exists() else workflow.init.model, workflow.track.uri))
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(workflow.init.skip)}
+    own = net.state_dict()
+    wrong = [
+        f"{name} {tuple(tensor.shape)} → {tuple(own[name].shape) if name in own else 'absent here'}"
+        for name, tensor in kept.items()
+        if name not in own or own[name].shape != tensor.shape
+    ]
+    missing = [name for name in own if name not in weights and not name.startswith(workflow.init.skip)]
+    if wrong or missing:
+        listed = "; ".join([*wrong, *[f"{name} missing in the model" for name in missing]][:8])
+        raise WorkflowError("E-INIT", f"{len(wrong) + len(missing)} weights do not fit: {listed}; list their beginnings in init.skip")
+    net.load_state_dict({**own, **kept})
+
+
+def _batches(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fabric) -> Callable[[int], Iterable[Any]]:
+    options = workflow.train
+    with workflow.blamed("augment"):
+        dataset = PatchDataset(
+            data.training,
+            _augmentation(workflow, data, spec),
+            foreground_ratio=options.foreground_ratio,
+            seed=options.seed,
+        )
+    workers = _num_workers(workflow)
+    last = options.iterations * options.accumulate
+
+    def batches(first: int) -> Iterable[Any]:
+        sampler = StepSampler(
+            first, last, batch_size=options.batch_size, rank=fabric.global_rank, world_size=fabric.world_size
+        )
+        return patch_loader(dataset, sampler, workers=workers, pin_memory=fabric.device.type == "cuda")
+
+    return batches
+
+
+def _augmentation(workflow: Workflow, data: TrainingData, spec: ModelSpec) -> Augmentation:
+    recipe: Any = workflow.augment
+    if not isinstance(recipe, str):
+        recipe = [{"name": part.name, "args": part.args} for part in recipe]
+    patch = list(spec.window.patch_size)
+    if spec.spatial_dims == 2:
+        patch.insert(spec.window.slice_axis, 1 + 2 * spec.window.context_slices)
+    spacing = data.training[0].geometry.spacing_mm
+    return augmentation(recipe, patch_size=tuple(patch), labels=data.labels, spacing_mm=spacing)
+
+
+def _num_workers(workflow: Workflow) -> int:
+    if workflow.train.workers != "auto":
+        return workflow.train.workers
+    return min(8, max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+def _precision(workflow: Workflow, hardware: Hardware) -> Any:
+    chosen = workflow.train.precision
+    if chosen == "auto":
+        chosen = "bf16" if has_bf16(hardware.accelerator) else "fp32"
+    return {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]
+
+
+def _rate(workflow: Workflow) -> optim.Rate:
+    chosen = workflow.train.schedule
+    rate = {
+        "poly": lambda: optim.poly(workflow.train.iterations, power=chosen.power),
+        "cosine": lambda: optim.cosine(workflow.train.iterations),
+        "plateau": lambda: optim.plateau(patience=chosen.patience, factor=chosen.factor),
+        "constant": optim.constant,
+    }[chosen.name]()
+    return optim.with_warmup(rate, chosen.warmup)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _unwrapped(net: nn.Module) -> Any:
+    return net.network if isinstance(net, OnSlices) else net

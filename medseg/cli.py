@@ -1,0 +1,337 @@
+"""The command line: arguments to one verb, its result to a table or JSON, its fault to one message."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console, RenderableType
+from rich.table import Table
+from typer.core import TyperGroup
+
+from medseg import __version__
+from medseg.display import console
+from medseg.errors import MedsegError
+
+# Nothing above loads torch, MONAI or MLflow, and verbs are imported where they are called: `--help` is instant.
+
+Result = Mapping[str, Any]
+
+INTERNAL_ERROR = 4
+SOME_CASES_FAILED = 3
+INTERRUPTED = 130
+
+
+class OneMessage(TyperGroup):
+    """Runs a command so that a fault ends in one message on stderr and the exit code that belongs to it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take ``--debug`` anywhere: people append it to the command that has just failed."""
+        if "--debug" in args:
+            args = ["--debug", *(argument for argument in args if argument != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise  # typer's own: --help, or a usage error, which it prints and exits 2 with
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED, debug=ctx.params["debug"])
+        except MedsegError as error:
+            _fail(str(error), error.exit_code, debug=ctx.params["debug"])
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
+            message = f"internal error: {found}; this is a fault of medseg: run with --debug for the traceback"
+            _fail(message, INTERNAL_ERROR, debug=ctx.params["debug"])
+
+
+app = typer.Typer(
+    cls=OneMessage,
+    help="Segment organs and lesions in medical images: train, predict, evaluate, compare.",
+    epilog="Exit codes: 0 done, 2 refused before work began, 3 some cases failed, 4 internal error, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the network runs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+TrackingUri = Annotated[
+    str | None, typer.Option("--tracking-uri", help="MLflow store.  [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]")
+]
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", envvar="MEDSEG_DEBUG", help="Show tracebacks.")] = False,
+) -> None:
+    """Segment organs and lesions in medical images: train, predict, evaluate, compare."""
+
+
+@app.command()
+def train(
+    workflow: Annotated[Path, typer.Argument(help="Workflow YAML.")],
+    *,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. train.iterations=100.")
+    ] = None,
+    fold: Annotated[str | None, typer.Option(metavar="N|all", help="Fold to validate on, or all in turn.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.  [default: runs/NAME/TIME-ID]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    device: Device = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="GPUs or processes.")] = 1,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model as a workflow says, with its run in MLflow."""
+    with _stdout_kept_free():
+        from medseg.train import train
+
+        result = train(
+            workflow,
+            overrides=overrides or (),
+            fold=fold,
+            output=output,
+            resume=resume,
+            device=device,
+            devices=devices,
+            dry_run=dry_run,
+        )
+    _print(result, as_json)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder, MLflow run id, or models:/NAME@ALIAS.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, folders, or a manifest.")],
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the segmentations.")],
+    format: Annotated[Literal["nii.gz", "nrrd", "mha"], typer.Option(help="File format.")] = "nii.gz",
+    split: Annotated[str | None, typer.Option(help="Part of a manifest, e.g. test.")] = None,
+    overlap: Annotated[float | None, typer.Option(help="Share of a window the next one covers.  [default: the model's]")] = None,
+    tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs.")] = False,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Write the probabilities too.")] = False,
+    device: Device = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read and write.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip what an earlier call finished.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what stands in the output folder.")] = False,
+    dry_run: DryRun = False,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Segment scans on their own grid."""
+    with _stdout_kept_free():
+        from medseg.predict import predict
+
+        result = predict(
+            model,
+            inputs,
+            output=output,
+            format=format,
+            split=split,
+            overlap=overlap,
+            tta=tta,
+            probabilities=probabilities,
+            device=device,
+            workers=workers,
+            resume=resume,
+            force=force,
+            dry_run=dry_run,
+            tracking_uri=tracking_uri,
+        )
+    _print(result, as_json)
+    if result.get("failed"):
+        raise typer.Exit(SOME_CASES_FAILED)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="File or folder of segmentations.")],
+    references: Annotated[Path, typer.Argument(help="File or folder of references, or a manifest.")],
+    *,
+    labels: Annotated[Path | None, typer.Option(help="Manifest that names the labels.")] = None,
+    metrics: Annotated[str, typer.Option(metavar="NAME,...", help="See `medseg metrics`.")] = "dice,iou",
+    resample: Annotated[bool, typer.Option("--resample", help="Bring predictions to the references' grid.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the tables.")] = None,
+    split: Annotated[str | None, typer.Option(help="Part of a manifest, e.g. test.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare segmentations with references, per case and organ."""
+    with _stdout_kept_free():
+        from medseg.evaluate import evaluate
+
+        result = evaluate(
+            predictions,
+            references,
+            labels=labels,
+            metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
+            resample=resample,
+            output=output,
+            split=split,
+        )
+    _print(result, as_json, _evaluation)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run folders or MLflow run ids.")],
+    *,
+    metric: Annotated[str, typer.Option(help="What to compare by.")] = "dice",
+    tracking_uri: TrackingUri = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the tables.")] = None,
+    fail_if_worse: Annotated[
+        bool, typer.Option("--fail-if-worse", help="Fail if a run is worse than the first, with confidence.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs case by case, with statistics."""
+    with _stdout_kept_free():
+        from medseg.compare import compare
+
+        result = compare(runs, metric=metric, tracking_uri=tracking_uri, output=output, fail_if_worse=fail_if_worse)
+    _print(result, as_json)
+
+
+@app.command()
+def nets(
+    name: Annotated[str | None, typer.Argument(help="One network.")] = None,
+    *,
+    spatial_dims: Annotated[int | None, typer.Option(min=2, max=3, help="Only those for 2D or 3D.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the networks."""
+    with _stdout_kept_free():
+        from medseg.nets import NETS
+    entries = NETS if name is None else {name: NETS[name]}
+    chosen = {key: entry for key, entry in entries.items() if spatial_dims in (None, *entry.spatial_dims)}
+    _print(_described(chosen), as_json, _parts)
+
+
+@app.command()
+def losses(*, as_json: AsJson = False) -> None:
+    """List the losses."""
+    with _stdout_kept_free():
+        from medseg.losses import LOSSES
+    _print(_described(LOSSES), as_json, _parts)
+
+
+@app.command()
+def metrics(*, as_json: AsJson = False) -> None:
+    """List the metrics."""
+    with _stdout_kept_free():
+        from medseg.metrics import METRICS
+    _print(_described(METRICS), as_json, _parts)
+
+
+@data_app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
+    *,
+    cases: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same scans.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make synthetic abdominal CTs with exact labels, and their manifest."""
+    with _stdout_kept_free():
+        from medseg.data_tools import make_phantom
+
+        result = make_phantom(folder, num_cases=cases, seed=seed)
+    _print(result, as_json)
+
+
+@app.command()
+def schema(
+    *, output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of stdout.")] = None
+) -> None:
+    """Write the JSON Schema of a workflow, for completion in editors."""
+    from medseg.workflow import json_schema
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        from medseg.files import write_atomically
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, text.encode())
+
+
+@app.command()
+def ui(
+    *,
+    tracking_uri: TrackingUri = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; anyone who reaches it can read the runs.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Open MLflow's pages on this project's runs; Ctrl-C ends it."""
+    from medseg.tracking.mlflow_tracker import serve_ui
+
+    serve_ui(tracking_uri, host, port)
+
+
+@app.command()
+def sync(run: Annotated[Path, typer.Argument(help="Run folder.")], *, as_json: AsJson = False) -> None:
+    """Send what a tracking server missed while it was away."""
+    with _stdout_kept_free():
+        from medseg.tracking.mlflow_tracker import sync
+
+        sent = sync(run)
+    _print({"run_dir": run, "sent": sent}, as_json)
+
+
+def main() -> None:
+    """Entry point of the ``medseg`` command."""
+    app()
+
+
+def _fail(message: str, exit_code: int, *, debug: bool) -> None:
+    """Print a message (within an ``except``: the traceback before it, if asked for) and leave."""
+    people = console()
+    if debug:
+        people.print_exception(width=None)
+    people.print(message, style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(exit_code)
+
+
+@contextmanager
+def _stdout_kept_free() -> Iterator[None]:
+    """Send what libraries print to stderr: stdout carries the result and nothing else."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def _print(result: Result, as_json: bool, table: Callable[[Result], RenderableType] | None = None) -> None:
+    """Print a result on stdout: one JSON object, or what people like to read."""
+    if as_json:
+        sys.stdout.write(json.dumps(_plain(result), allow_nan=False) + "\n")
+    else:
+        Console(highlight=False).print((table or _listing)(result), soft_wrap=table is None)
+
+
+def _plain(value: Any) -> Any:
+    """The same in JSON's types; numbers that JSON does not know become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None  # float(): NumPy's float64 is one too
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _listing(result: Result) -> RenderableType:
+    ...

@@ -1,0 +1,1 @@
+"""Reading, checking, preprocessing, sampling and generating data."""

@@ -1,0 +1,292 @@
+"""A data set as one JSON file: cases, labels, patients and folds.
+
+The format is a superset of the Medical Segmentation Decathlon's ``dataset.json`` and of MONAI's
+datalists, both of which load as published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medseg.errors import DataError, MedsegError, Problems
+from medseg.labels import Labels
+from medseg.registry import did_you_mean
+
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+NUM_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan and, where somebody drew one, its label map.
+
+    Args:
+        id: Unique name within the manifest; names outputs and table rows.
+        images: One file with all channels, or one file a channel.
+        label: The label map; None for scans to predict.
+        patient: Who it is; a patient's cases never stand on both sides of a fold.
+        fold: The fold in which this case is held out; None: medseg assigns it.
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    label: Path | None
+    patient: str
+    fold: int | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (*self.images, self.label) if self.label else self.images
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set.
+
+    Args:
+        name: What it is called.
+        path: The file it was read from.
+        labels: The label map.
+        channels: What each channel is, e.g. ``("CT",)``.
+        training: Cases with labels.
+        test: Cases that are never trained on.
+        phantom: How to make the cases, for synthetic data sets.
+        source: The JSON as it was read.
+    """
+
+    name: str
+    path: Path
+    labels: Labels
+    channels: tuple[str, ...]
+    training: tuple[Case, ...]
+    test: tuple[Case, ...]
+    root: Path
+    phantom: Mapping[str, Any] | None = None
+    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            DataError: If it is missing, not JSON, or lacks what a manifest needs.
+        """
+        data = _read_json(path)
+        missing = [key for key in ("labels", "training") if key not in data]
+        if missing:
+            hints = "".join(did_you_mean(key, data) for key in missing[:1])
+            raise DataError("E-MANIFEST", f"lacks {' and '.join(map(repr, missing))}{hints}", where=str(path))
+        if data.get("format", 1) != 1:
+            raise DataError("E-MANIFEST", f"has format {data['format']}; this version reads format 1", where=str(path))
+        try:
+            labels = Labels.from_dict(data)
+        except DataError as error:
+            raise DataError(error.error_id, error.message, where=str(path)) from None
+        except (TypeError, ValueError, AttributeError):
+            raise DataError("E-LABELS", 'labels must look like {"0": "background", "1": "liver"}', where=str(path)) from None
+        root = _root(data, path)
+        modality = data.get("modality") or data.get("channel_names") or {"0": "image"}
+        channels = tuple(modality.values()) if isinstance(modality, dict) else tuple(modality)
+        cases = {}
+        for split in ("training", "test"):
+            entries = data.get(split) or []
+            cases[split] = tuple(_case(entry, root, f"{path}: {split}[{n}]") for n, entry in enumerate(entries))
+        manifest = cls(
+            name=str(data.get("name") or path.stem),
+            path=path,
+            labels=labels,
+            channels=channels,
+            training=cases["training"],
+            test=cases["test"],
+            root=root,
+            phantom=data.get("phantom"),
+            source=data,
+        )
+        return _with_unique_ids(manifest)
+
+    def check_files(self) -> None:
+        """Report every missing file and every training case without a label, all at once.
+
+        Raises:
+            Problems: If there are any.
+        """
+        problems: list[MedsegError] = []
+        for case in (*self.training, *self.test):
+            for file in case.files:
+                if not file.exists():
+                    problems.append(DataError("E-MISSING-FILE", f"{file} does not exist; check root and paths", where=f"case {case.id}"))
+        for case in self.training:
+            if case.label is None:
+                problems.append(DataError("E-MISSING-LABEL", "a training case needs a label; move it to test", where=f"case {case.id}"))
+        if problems:
+            raise Problems(problems)
+
+    def split(self, fold: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+        """The cases to train on and the cases held out.
+
+        Folds come from the manifest; where it gives none, by nnU-Net's rule over sorted patients.
+
+        Raises:
+            DataError: If the fold does not exist, leaves no case on a side, or splits a patient.
+        """
+        folds = self.folds()
+        validation = tuple(case for case in self.training if folds[case.id] == fold)
+        training = tuple(case for case in self.training if folds[case.id] != fold)
+        if not validation or not training:
+            known = sorted(set(folds.values()))
+            raise DataError(
+                "E-FOLD",
+                f"fold {fold} holds out {len(validation)} of {len(self.training)} cases; folds here: {known}, "
+                "and at least one case must stay on each side",
+                where=str(self.path),
+            )
+        shared = sorted({c.patient for c in training} & {c.patient for c in validation})
+        if shared:
+            raise DataError(
+                "E-LEAKAGE",
+                f"patients {shared[:5]} stand on both sides of fold {fold}; give all cases of a patient the same fold",
+                where=str(self.path),
+            )
+        return training, validation
+
+    def folds(self) -> dict[str, int]:
+        """The fold of each training case, by case id."""
+        given = {case.id: case.fold for case in self.training if case.fold is not None}
+        if given and len(given) < len(self.training):
+            without = [case.id for case in self.training if case.fold is None]
+            raise DataError("E-FOLD", f"cases {without[:5]} have no fold although others do; give all or none", where=str(self.path))
+        if given:
+            return given
+        fold_of = assign_folds([case.patient for case in self.training])
+        return {case.id: fold_of[case.patient] for case in self.training}
+
+    def to_dict(self, hashes: Mapping[Path, str] | None = None) -> dict[str, Any]:
+        """The manifest with everything spelled out: absolute paths, patients, folds and file hashes."""
+        folds = self.folds() if self.training else {}
+
+        def entry(case: Case) -> dict[str, Any]:
+            images = [str(image) for image in case.images]
+            full: dict[str, Any] = {"id": case.id, "patient": case.patient, "image": images if len(images) > 1 else images[0]}
+            if case.label:
+                full["label"] = str(case.label)
+            if case.id in folds:
+                full["fold"] = folds[case.id]
+            if hashes:
+                full["sha256"] = {file.name: hashes[file] for file in case.files if file in hashes}
+            return full
+
+        return {
+            "name": self.name,
+            "format": 1,
+            **self.labels.to_dict(),
+            "modality": {str(n): channel for n, channel in enumerate(self.channels)},
+            "training": [entry(case) for case in self.training],
+            "test": [entry(case) for case in self.test],
+        }
+
+
+def assign_folds(patients: Sequence[str], num_folds: int = NUM_FOLDS) -> dict[str, int]:
+    """Patient to fold, as nnU-Net splits, so that cross-validated results compare.
+
+    Equals scikit-learn's ``KFold(num_folds, shuffle=True, random_state=12345)`` over the sorted
+    patients; with fewer patients than folds, each is a fold of its own.
+    """
+    names = sorted(set(patients))
+    order = np.arange(len(names))
+    np.random.RandomState(12345).shuffle(order)
+    parts = np.array_split(order, min(num_folds, len(names)))
+    return {names[index]: fold for fold, part in enumerate(parts) for index in part}
+
+
+def case_id(image: Path) -> str:
+    """File name without its suffix: ``liver_012.nii.gz`` is case ``liver_012``."""
+    for suffix in SUFFIXES:
+        if image.name.lower().endswith(suffix):
+            return image.name[: -len(suffix)]
+    return image.stem
+
+
+def cache_folder() -> Path:
+    """Where medseg keeps what it can make again: ``$MEDSEG_CACHE``, else ``~/.cache/medseg``."""
+    chosen = os.environ.get("MEDSEG_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "medseg"
+
+
+def expand_variables(text: str, where: str) -> str:
+    """Replace ``${NAME}`` by the environment's value.
+
+    Raises:
+        DataError: If a variable is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise DataError("E-VARIABLE", f"{text!r} needs the environment variable {name}; set it, e.g. {name}=/path/to/data", where=where)
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        near = [other.name for other in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, near) if near else f"; its folder {'has no .json file' if path.parent.is_dir() else 'does not exist'}"
+        raise DataError("E-MANIFEST", f"cannot be read ({error.strerror}){hint}", where=str(path)) from None
+    except ValueError as error:
+        raise DataError("E-MANIFEST", f"is not JSON: {error}", where=str(path)) from None
+    if not isinstance(data, dict):
+        raise DataError("E-MANIFEST", "must be a JSON object with labels and training", where=str(path))
+    return data
+
+
+def _root(data: Mapping[str, Any], path: Path) -> Path:
+    if data.get("phantom"):
+        digest = hashlib.sha256(json.dumps(data["phantom"], sort_keys=True).encode()).hexdigest()[:12]
+        return cache_folder() / "phantom" / f"{data.get('name') or path.stem}-{digest}"
+    return path.parent.absolute() / expand_variables(str(data.get("root") or "."), str(path))
+
+
+def _case(entry: Any, root: Path, where: str) -> Case:
+    if isinstance(entry, str):  # the Decathlon lists its test scans as plain paths
+        entry = {"image": entry}
+    if not isinstance(entry, dict) or "image" not in entry:
+        raise DataError("E-MANIFEST", "a case needs an 'image'", where=where)
+    listed = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+    images = tuple(_path(root, image, where) for image in listed)
+    label = _path(root, entry["label"], where) if entry.get("label") else None
+    name = str(entry.get("id") or case_id(images[0]))
+    fold = entry.get("fold")
+    if fold is not None and not isinstance(fold, int):
+        raise DataError("E-FOLD", f"fold {fold!r} is not a whole number", where=where)
+    return Case(name, images, label, str(entry.get("patient") or name), fold)
+
+
+def _path(root: Path, text: Any, where: str) -> Path:
+    if not isinstance(text, str):
+        raise DataError("E-MANIFEST", f"{text!r} is not a path", where=where)
+    return Path(os.path.normpath(root / expand_variables(text, where)))
+
+
+def _with_unique_ids(manifest: Manifest) -> Manifest:
+    seen: dict[str, Case] = {}
+    for case in (*manifest.training, *manifest.test):
+        if case.id in seen:
+            raise DataError(
+                "E-DUPLICATE-CASE",
+                f"two cases are called {case.id!r} ({seen[case.id].images[0]} and {case.images[0]}); give each an 'id'",
+                where=str(manifest.path),
+            )
+        seen[case.id] = case
+    return manifest

@@ -1,0 +1,71 @@
+"""The errors a user can cause, each with a stable id and the exit code it leads to.
+
+A message says where, what was found, what was expected and what to do. Anything that is not a
+`MedsegError` is a fault of ours and may show a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MedsegError(Exception):
+    """A fault that the user can mend.
+
+    Args:
+        error_id: Stable identifier, e.g. ``"E-SPACING"``; scripts may rely on it.
+        message: What was found, what was expected, and what to do.
+        where: File with line, case or run that the message is about.
+    """
+
+    exit_code = 2
+
+    def __init__(self, error_id: str, message: str, *, where: str | None = None) -> None:
+        super().__init__(error_id, message, where)
+        self.error_id = error_id
+        self.message = message
+        self.where = where
+
+    def __str__(self) -> str:
+        place = f" {self.where}:" if self.where else ""
+        return f"{self.error_id}{place} {self.message}"
+
+
+class WorkflowError(MedsegError):
+    """A workflow, an override or an argument that cannot be used."""
+
+
+class DataError(MedsegError):
+    """A file, case or manifest that cannot be used."""
+
+
+class GeometryError(DataError):
+    """Volumes whose grids cannot be interpreted or do not fit each other."""
+
+
+class ModelError(MedsegError):
+    """A model folder, checkpoint or run that cannot be used."""
+
+
+class TrainingError(MedsegError):
+    """A training that cannot go on."""
+
+    exit_code = 4
+
+
+class Interrupted(MedsegError):
+    """Work stopped by a signal, after its state was saved."""
+
+    exit_code = 130
+
+
+class Problems(MedsegError):
+    """Several faults reported at once, so that one look mends them all."""
+
+    def __init__(self, errors: Sequence[MedsegError]) -> None:
+        self.errors = tuple(errors)
+        first = self.errors[0]
+        super().__init__(first.error_id, first.message, where=first.where)
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)

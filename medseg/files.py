@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all, whoever is killed while writing them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import uuid
+from pathlib import Path
+
+_CHUNK = 1 << 20
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside `path` that says which process of which machine writes it."""
+    return path.with_name(f".{uuid.uuid4().hex[:8]}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that a reader, or a kill at any moment, sees the old one or the new one whole."""
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes of this machine left half-written in a folder."""
+    for leftover in folder.glob(".*.tmp"):
+        *_, pid, _ = leftover.name.split(".")
+        host = leftover.name.removesuffix(f".{pid}.tmp").split(".", 2)[-1]
+        if host != socket.gethostname() or _is_running(int(pid)):
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

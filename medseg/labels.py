@@ -1,0 +1,139 @@
+"""What the numbers of a label map mean, and what a network is asked to output for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from medseg.errors import DataError
+
+if TYPE_CHECKING:  # a manifest is read in milliseconds; torch takes a second and a half
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label map of a data set.
+
+    With regions the network has one sigmoid output a region (organs may overlap); without, one
+    softmax output a label, background first.
+
+    Args:
+        names: Label value to name; 0 is the background, values run 0, 1, 2 … without a gap.
+        regions: Region name to the label values it unites, in output order; empty: no regions.
+        region_order: Label value written for each region when a prediction becomes a label map;
+            later regions overwrite earlier ones.
+        ignore_label: Value of voxels that nobody annotated: neither loss nor metric counts them.
+        pairs: Left and right label of each paired organ, exchanged by a left-right flip.
+    """
+
+    names: Mapping[int, str]
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    region_order: tuple[int, ...] = ()
+    ignore_label: int | None = None
+    pairs: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        values = sorted(self.names)
+        if values != list(range(len(values))) or len(values) < 2:
+            raise DataError(
+                "E-LABELS",
+                f"labels {values}; expected 0 (background), 1, 2 … without a gap and at least one organ; "
+                "renumber them in the manifest and the files",
+            )
+        if len(set(self.names.values())) < len(values):
+            raise DataError("E-LABELS", f"two labels share a name: {list(self.names.values())}")
+        if self.ignore_label is not None and self.ignore_label in self.names:
+            raise DataError("E-LABELS", f"ignore_label {self.ignore_label} is also the label {self.names[self.ignore_label]!r}")
+        used = [v for united in self.regions.values() for v in united]
+        used += [*self.region_order, *[v for pair in self.pairs for v in pair]]
+        unknown = sorted({v for v in used if v not in self.names})
+        if unknown:
+            raise DataError("E-LABELS", f"regions, region_order or pairs name label {unknown}, which labels do not declare")
+        if self.regions and len(self.region_order) != len(self.regions):
+            raise DataError(
+                "E-LABELS",
+                f"region_order {list(self.region_order)} must give one label value for each of the regions "
+                f"{list(self.regions)}, the last written on top",
+            )
+
+    @property
+    def organs(self) -> tuple[str, ...]:
+        """What is scored: the regions, or every label but the background."""
+        return tuple(self.regions) or tuple(self.names[v] for v in sorted(self.names) if v != 0)
+
+    @property
+    def organ_values(self) -> dict[str, tuple[int, ...]]:
+        """Label values that make up each organ or region."""
+        return dict(self.regions) or {self.names[v]: (v,) for v in sorted(self.names) if v != 0}
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels of the network's output."""
+        return len(self.regions) or len(self.names)
+
+    def target(self, label: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A batch of label maps as losses want it.
+
+        Args:
+            label: Integer, (B, 1, I, J[, K]).
+
+        Returns:
+            Class indices (B, I, J[, K]), or for regions floats (B, R, I, J[, K]); and a boolean mask
+            (B, 1, I, J[, K]) of the voxels that count, None if all do.
+        """
+        import torch
+
+        mask = None
+        if self.ignore_label is not None:
+            mask = label != self.ignore_label
+            label = label.where(mask, torch.zeros_like(label))
+        if not self.regions:
+            return label[:, 0].long(), mask
+        united = [torch.isin(label, torch.tensor(v, device=label.device, dtype=label.dtype)) for v in self.regions.values()]
+        return torch.cat(united, dim=1).float(), mask
+
+    def segment(self, logits: Tensor) -> Tensor:
+        """Logits (B, C, I, J[, K]) as label maps (B, I, J[, K]), uint8 or int16."""
+        import torch
+
+        dtype = torch.uint8 if max(self.names) <= 255 else torch.int16
+        if not self.regions:
+            return logits.argmax(dim=1).to(dtype)
+        result = torch.zeros_like(logits[:, 0], dtype=dtype)
+        for channel, value in enumerate(self.region_order):
+            result[logits[:, channel] > 0] = value
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in a manifest and in model.json."""
+        return {
+            "labels": {str(value): name for value, name in sorted(self.names.items())},
+            "regions": {name: list(values) for name, values in self.regions.items()},
+            "region_order": list(self.region_order),
+            "ignore_label": self.ignore_label,
+            "pairs": [list(pair) for pair in self.pairs],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Labels:
+        """From a manifest or model.json; also takes nnU-Net's ``{"liver": 1}`` way round."""
+        names: dict[int, str] = {}
+        for key, value in data["labels"].items():
+            if isinstance(value, str):
+                names[int(key)] = value
+            else:
+                names[int(value)] = str(key)
+        regions = {name: _values(values) for name, values in (data.get("regions") or {}).items()}
+        return cls(
+            names=names,
+            regions=regions,
+            region_order=tuple(data.get("region_order") or (values[-1] for values in regions.values())),
+            ignore_label=data.get("ignore_label"),
+            pairs=tuple((int(left), int(right)) for left, right in data.get("pairs") or ()),
+        )
+
+
+def _values(values: int | Sequence[int]) -> tuple[int, ...]:
+    return (values,) if isinstance(values, int) else tuple(values)

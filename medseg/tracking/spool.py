@@ -1,0 +1,150 @@
+"""What a run has to tell its tracking store, kept in the run folder until it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from medseg.errors import ModelError
+from medseg.files import write_atomically
+
+LINES_FILE = "tracking.jsonl"
+STATE_FILE = "tracking.json"
+
+Record = Mapping[str, Any]
+Identity = tuple[str, str, int | None]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the spool.
+
+    Args:
+        record: What it says, e.g. ``{"kind": "metric", "key": "train/loss", "value": 0.5, "step": 3, "time": 1}``.
+        end: Where the next line begins, in bytes.
+    """
+
+    record: Record
+    end: int
+
+
+class Spool:
+    """The lines a run has logged, in order: ``tracking.jsonl``.
+
+    A line is whole or it is ignored: one torn by SIGKILL or a full disk is skipped for good. A metric
+    or parameter that was logged before (a resumed training replays the steps after its checkpoint) is
+    not taken again, so the first value of a step stays its only one.
+
+    Args:
+        run_dir: The run folder; made if need be.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / LINES_FILE
+        self._known = {name for line in self.read() if (name := _identity(line.record))}
+        self._stream = self._path.open("ab+")
+        if self._ends_torn():
+            self._stream.write(b"\n")  # shut the torn line off, lest it swallow the next one
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Add the records that are not there yet; once this returns, a kill of the process loses none of them."""
+        for record in records:
+            name = _identity(record)
+            if name not in self._known:
+                self._stream.write(json.dumps(record).encode() + b"\n")
+            if name is not None:
+                self._known.add(name)
+        self._stream.flush()
+
+    def read(self, start: int = 0) -> list[Line]:
+        """The whole lines from a byte offset on; safe to call while another thread appends."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as stream:
+            stream.seek(start)
+            content = stream.read()
+        lines, end = [], start
+        for text in content.splitlines(keepends=True):
+            end += len(text)
+            record = _parse(text)
+            if record is not None:
+                lines.append(Line(record, end))
+        return lines
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _ends_torn(self) -> bool:
+        if self._stream.seek(0, os.SEEK_END) == 0:
+            return False
+        self._stream.seek(-1, os.SEEK_END)
+        return self._stream.read(1) != b"\n"
+
+
+@dataclass
+class Delivery:
+    """Where a run's lines go and how far they have come: ``tracking.json``.
+
+    Args:
+        uri: Tracking store, absolute, without a password.
+        experiment: MLflow experiment.
+        run_name: What people call the run.
+        local_id: The run's name until the store gives it one; a tag of it afterwards, by which it is found again.
+        started_ms: When the run began, milliseconds since 1970.
+        parent_run_id: Run that this one is nested in, by either of its ids.
+        run_id: MLflow's id; None until the run exists there.
+        sent: Lines before this byte have arrived.
+        attempted: Lines between `sent` and this byte were sent, but nobody saw them arrive.
+        joined: Whether the run was begun elsewhere, so that the store may hold steps this spool knows nothing of.
+    """
+
+    uri: str
+    experiment: str
+    run_name: str
+    local_id: str
+    started_ms: int
+    parent_run_id: str | None = None
+    run_id: str | None = None
+    sent: int = 0
+    attempted: int = 0
+    joined: bool = False
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Delivery | None:
+        """Read a run folder's state; None if it was never tracked.
+
+        Raises:
+            ModelError: If the file is damaged.
+        """
+        path = run_dir / STATE_FILE
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            message = f"cannot be read ({error}); delete it, and the run is tracked anew"
+            raise ModelError("E-TRACK-STATE", message, where=str(path)) from None
+
+    def save(self, run_dir: Path) -> None:
+        write_atomically(run_dir / STATE_FILE, json.dumps(asdict(self), indent=2).encode() + b"\n")
+
+
+def _identity(record: Record) -> Identity | None:
+    """What may be said only once; None for what the store overwrites anyway (tags, files, pictures, status)."""
+    if record["kind"] in ("metric", "param"):
+        return record["kind"], record["key"], record.get("step")
+    return None
+
+
+def _parse(text: bytes) -> Record | None:
+    if not text.endswith(b"\n"):
+        return None
+    try:
+        return dict(json.loads(text))
+    except ValueError:  # torn: a strict prefix of a JSON object is never JSON
+        return None

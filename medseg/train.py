@@ -1,0 +1,334 @@
+"""`medseg train`: a workflow becomes a trained model, an MLflow run and a table of Dice per case and organ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import secrets
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medseg import __version__
+from medseg.build.data import TrainingData, manifest, training_data
+from medseg.build.model import Hardware, predictor, specification
+from medseg.build.training import tracker as make_tracker
+from medseg.build.training import trainer as make_trainer
+from medseg.data.nifti import read_label
+from medseg.display import console, track
+from medseg.errors import Interrupted, WorkflowError
+from medseg.metrics.table import Score, score_case, summarize, write_table
+from medseg.model import save_model
+from medseg.training.live import LiveDisplay
+from medseg.training.run_folder import RunFolder
+from medseg.training.trainer import Progress, Trainer
+from medseg.workflow import Workflow
+
+RUNS = Path("runs")
+REHEARSED_ITERATIONS = 5
+
+Result = dict[str, Any]
+
+
+def train(
+    workflow: Path,
+    *,
+    overrides: Sequence[str] = (),
+    fold: str | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    devices: int = 1,
+    dry_run: bool = False,
+) -> Result:
+    """Train what a workflow describes.
+
+    Args:
+        workflow: The YAML file.
+        overrides: ``train.batch_size=4`` and the like.
+        fold: The fold held out, instead of the workflow's; ``all`` trains every fold, one after the other.
+        output: Run folder; by default ``runs/<name>/<time>-<id>``.
+        resume: Go on with the run in `output`, or with the workflow's latest unfinished one.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        devices: How many.
+        dry_run: Build everything, run a few iterations, say how long the training will take, and stop.
+
+    Returns:
+        ``run_dir, mlflow_run_id, model_dir, best {step, mean_dice, dice}, seconds, iterations``, and more.
+
+    Raises:
+        MedsegError: For everything a user can mend.
+    """
+    plan = Workflow.load(workflow, overrides)
+    hardware = Hardware(device, devices)
+    held_out = _fold(fold, plan)
+    if dry_run:
+        return _rehearse(plan, 0 if held_out is None else held_out, hardware)
+    folder = _choose_folder(plan, output, resume=resume)
+    try:
+        if held_out is None:
+            return _cross_validate(plan, folder, hardware)
+        return _train_fold(plan, folder, held_out, hardware)
+    except Interrupted as stop:
+        changed = "".join(f" --set '{override}'" for override in overrides)
+        chosen = f" --fold {fold}" if fold else ""
+        message = f"{stop.message}; go on with: medseg train {workflow}{changed}{chosen} --output {folder} --resume"
+        raise Interrupted(stop.error_id, message) from None
+
+
+def _train_fold(
+    plan: Workflow, path: Path, fold: int, hardware: Hardware, *, parent_run_id: str | None = None
+) -> Result:
+    started = time.monotonic()
+    folder = RunFolder(path)
+    data = training_data(plan, fold)
+    _record(plan, data, folder)
+    tracker = make_tracker(
+        plan,
+        path,
+        run_name=f"{plan.name}-fold{fold}",
+        tags=_tags(plan, data),
+        parent_run_id=parent_run_id,
+    )
+    try:
+        with LiveDisplay(console(), f"{plan.name} fold {fold}", plan.train.iterations) as display:
+            trainer = make_trainer(
+                plan, data, folder=folder, tracker=tracker, observer=display, hardware=hardware
+            )
+            progress = trainer.fit()
+        result = _finish(plan, data, trainer, progress, tracker)
+    except Interrupted:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    finally:
+        folder.close()
+    result["seconds"] = round(time.monotonic() - started, 1)
+    tracker.log_metrics({"seconds": result["seconds"]}, progress.step)
+    tracker.finish("FINISHED")
+    return result
+
+
+def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Progress, tracker: Any) -> Result:
+    """Keep the best weights as a model and score both checkpoints on every held-out scan's own grid."""
+    folder = trainer.folder
+    provenance = {
+        "run_dir": str(folder.path),
+        "mlflow_run_id": tracker.run_id,
+        "fold": data.fold,
+        "step": progress.best_step,
+        **_tags(plan, data),
+    }
+    best = trainer.best.load()
+    weights = {"best": best["network"] if best else trainer.trained.state_dict(), "last": trainer.trained.state_dict()}
+    save_model(folder.model, specification(plan, data, provenance), weights["best"])
+    final: dict[str, Any] = {}
+    for which in ("last", "best"):
+        if which == "best" and progress.best_step == progress.step:
+            final["best"] = final["last"]
+            continue
+        scores = _score(plan, data, folder.path, weights[which], trainer.fabric.device.type, which)
+        final[which] = _means(scores)
+    write_table(folder.path / "per_case.csv", scores)
+    organs = list(data.labels.organs)
+    for which, dice in final.items():
+        tracker.log_metrics(
+            {f"final/{which}/dice/{organ}": value for organ, value in dice.items()}
+            | {f"final/{which}/mean_dice": _mean(dice, organs)},
+            progress.step,
+        )
+    for name in ("per_case.csv", "validation.csv", "workflow.yaml", "manifest.json"):
+        tracker.log_file(folder.path / name)
+    for name in ("model.json", "model.safetensors"):
+        tracker.log_file(folder.model / name, "model")
+    return {
+        "run_dir": str(folder.path),
+        "mlflow_run_id": tracker.run_id,
+        "model_dir": str(folder.model),
+        "pictures": str(folder.pictures),
+        "per_case": str(folder.path / "per_case.csv"),
+        "best": {"step": progress.best_step, "mean_dice": _mean(final["best"], organs), "dice": final["best"]},
+        "last": {"step": progress.step, "mean_dice": _mean(final["last"], organs), "dice": final["last"]},
+        "iterations": progress.step,
+        "seconds_waiting_for_data": round(trainer.seconds_waiting, 1),
+        "seconds_training": round(trainer.seconds_training, 1),
+    }
+
+
+def _score(
+    plan: Workflow, data: TrainingData, run: Path, weights: Mapping[str, Any], device: str, which: str
+) -> list[Score]:
+    """Segment every held-out scan as `medseg predict` would, and score it on its own grid."""
+    segment = predictor(str(run), device=device, weights=weights)
+    scores: list[Score] = []
+    for case in track(data.held_out, f"scoring the {which} checkpoint"):
+        assert case.label is not None
+        prediction = segment.segment(case.images).label
+        reference = read_label(case.label)
+        scores += score_case(case.id, reference, prediction, data.labels, unions=plan.validate_.unions)
+    return scores
+
+
+def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
+    """Every fold, one after the other, as nested MLflow runs under a parent that holds the joint result."""
+    folds = sorted(set(manifest(plan).folds().values()))
+    path.mkdir(parents=True, exist_ok=True)
+    parent = make_tracker(plan, path, run_name=f"{plan.name}-cv", tags={"medseg.folds": str(len(folds))})
+    results = []
+    try:
+        for fold in folds:
+            results.append(_train_fold(plan, path / f"fold_{fold}", fold, hardware, parent_run_id=parent.run_id))
+    except Interrupted:
+        parent.finish("KILLED")
+        raise
+    except BaseException:
+        parent.finish("FAILED")
+        raise
+    best = {organ: float(np.nanmean([r["best"]["dice"][organ] for r in results])) for organ in results[0]["best"]["dice"]}
+    mean = float(np.mean([r["best"]["mean_dice"] for r in results]))
+    parent.log_metrics({f"cv/dice/{organ}": value for organ, value in best.items()} | {"cv/mean_dice": mean}, 0)
+    parent.finish("FINISHED")
+    return {
+        "run_dir": str(path),
+        "mlflow_run_id": parent.run_id,
+        "best": {"mean_dice": mean, "dice": best},
+        "folds": results,
+        "seconds": sum(r["seconds"] for r in results),
+        "iterations": sum(r["iterations"] for r in results),
+    }
+
+
+def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
+    """Build everything, time a few iterations and one validation case, and extrapolate."""
+    data = training_data(plan, fold)
+    with tempfile.TemporaryDirectory(prefix="medseg-") as scratch:
+        folder = RunFolder(Path(scratch))
+        display = LiveDisplay(console(), plan.name, plan.train.iterations)
+        trainer = make_trainer(plan, data, folder=folder, tracker=_NoTracker(), observer=display, hardware=hardware)
+        seconds = []
+        asked = time.monotonic()
+        for batch, _ in zip(trainer.batches(0), range(REHEARSED_ITERATIONS * plan.train.accumulate), strict=False):
+            loss = trainer.train_step([trainer.fabric.to_device(batch)])
+            seconds.append(time.monotonic() - asked)
+            asked = time.monotonic()
+        assert trainer.validate is not None
+        trainer.trained.eval()
+        trainer.validate.predict(trainer.trained, data.validation[0])  # type: ignore[attr-defined]
+        validation = time.monotonic() - asked
+        folder.close()
+    step = float(np.median(seconds)) * plan.train.accumulate
+    num_validations = math.ceil(plan.train.iterations / plan.train.validate_every)
+    num_cases = min(plan.validate_.max_cases, len(data.validation))
+    total = plan.train.iterations * step + num_validations * num_cases * validation
+    console().print(
+        f"{plan.name}: {len(data.training)} training and {len(data.validation)} held-out cases; "
+        f"{step:.2f} s an iteration, {validation:.1f} s a validation case: about {_duration(total)} on this machine"
+    )
+    return {
+        "dry_run": True,
+        "seconds_per_iteration": step,
+        "seconds_per_validation_case": validation,
+        "seconds": round(total),
+        "iterations": plan.train.iterations,
+        "loss": loss,
+        "parameters": sum(p.numel() for p in trainer.network.parameters()),
+    }
+
+
+class _NoTracker:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def log_picture(self, picture: Any, name: str, step: int) -> None: ...
+
+
+def _fold(fold: str | None, plan: Workflow) -> int | None:
+    """The fold to hold out; None for all of them."""
+    if fold is None:
+        return plan.validate_.fold
+    if fold == "all":
+        return None
+    if not fold.isdigit():
+        raise WorkflowError("E-FOLD", f"{fold!r} must be a number or 'all'", where="--fold")
+    return int(fold)
+
+
+def _choose_folder(plan: Workflow, output: Path | None, *, resume: bool) -> Path:
+    if not resume:
+        if output and output.exists() and any(output.iterdir()):
+            raise WorkflowError("E-OUTPUT-EXISTS", "is not empty; add --resume to go on with it, or choose another", where=f"--output {output}")
+        return output or RUNS / plan.name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    if output:
+        return output
+    unfinished = [run for run in sorted((RUNS / plan.name).glob("*-*")) if not (run / "model" / "model.json").exists()]
+    if not unfinished:
+        raise WorkflowError("E-RESUME", f"{RUNS / plan.name} holds no unfinished run; name one with --output", where="--resume")
+    return unfinished[-1]
+
+
+def _record(plan: Workflow, data: TrainingData, folder: RunFolder) -> None:
+    """Write down workflow and manifest; a resumed run must find its own."""
+    resolved = plan.model_copy(update={"data": plan.data.model_copy(update={"manifest": "manifest.json"})})
+    texts = {
+        "workflow.yaml": resolved.to_yaml(),
+        "manifest.json": json.dumps(data.manifest.to_dict(data.hashes), indent=1) + "\n",
+    }
+    for name, text in texts.items():
+        known = folder.path / name
+        if known.exists() and known.read_text() != text:
+            changed = _first_difference(known.read_text(), text)
+            raise WorkflowError("E-RESUME", f"differs from what this run began with: {changed}; undo that, or start a new run", where=str(known))
+        folder.write(name, text)
+
+
+def _first_difference(before: str, after: str) -> str:
+    for old, new in zip(before.splitlines(), after.splitlines(), strict=False):
+        if old != new:
+            return f"{old.strip()!r} is now {new.strip()!r}"
+    return "its length"
+
+
+def _tags(plan: Workflow, data: TrainingData) -> dict[str, str]:
+    """What a person may want to search runs by."""
+    import monai
+    import torch
+
+    content = json.dumps(sorted((path.name, digest) for path, digest in data.hashes.items()))
+    return {
+        "medseg.workflow": plan.name,
+        "medseg.network": plan.network.name,
+        "medseg.fold": str(data.fold),
+        "medseg.data_hash": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "medseg.git_commit": _git_commit(plan.file.parent),
+        "medseg.versions": f"medseg {__version__}, torch {torch.__version__}, monai {monai.__version__}",
+        "medseg.hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def _git_commit(folder: Path) -> str:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _means(scores: Sequence[Score]) -> dict[str, float]:
+    return {organ: metrics["dice"]["mean"] for organ, metrics in summarize(scores).items()}
+
+
+def _mean(dice: Mapping[str, float], organs: Sequence[str]) -> float:
+    values = [dice[organ] for organ in organs if not math.isnan(dice[organ])]
+    return float(np.mean(values)) if values else math.nan
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"

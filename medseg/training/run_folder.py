@@ -1,0 +1,106 @@
+"""A run's folder: one writer at a time, and tables that a resumed run continues exactly."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medseg.errors import WorkflowError
+from medseg.files import remove_leftovers, write_atomically
+
+VALIDATION_COLUMNS = ("step", "case", "organ", "dice")
+
+
+class RunFolder:
+    """``runs/<workflow>/<time>-<id>/``.
+
+    Args:
+        path: Made if need be.
+
+    Raises:
+        WorkflowError: If another process is training into it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies, however
+        except OSError:
+            self._lock.close()
+            raise WorkflowError("E-RUN-LOCKED", "another training writes into this folder; wait, or choose another --output", where=str(path)) from None
+        remove_leftovers(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    @property
+    def validation_table(self) -> Path:
+        """A row per step, case and organ."""
+        return self.path / "validation.csv"
+
+    @property
+    def log_file(self) -> Path:
+        """A JSON line per logged step."""
+        return self.path / "log.jsonl"
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a text file whole."""
+        write_atomically(self.path / name, text.encode())
+        return self.path / name
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        with self.log_file.open("a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+
+    def add_validation(self, step: int, rows: Sequence[tuple[str, str, float]]) -> None:
+        """Append (case, organ, dice) rows."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self.validation_table.exists():
+            writer.writerow(VALIDATION_COLUMNS)
+        writer.writerows([(step, *row) for row in rows])
+        with self.validation_table.open("a") as stream:
+            stream.write(text.getvalue())
+
+    def continue_from(self, step: int) -> None:
+        """Drop what a killed run wrote after the checkpoint it resumes from, torn lines included."""
+        if self.log_file.exists():
+            kept = [line for line in self.log_file.read_text().splitlines() if _step_of(line) <= step]
+            write_atomically(self.log_file, "".join(f"{line}\n" for line in kept).encode())
+        if self.validation_table.exists():
+            header, *rows = self.validation_table.read_text().splitlines() or [""]
+            kept = [row for row in rows if row.count(",") == len(VALIDATION_COLUMNS) - 1 and int(row.split(",")[0]) <= step]
+            write_atomically(self.validation_table, "".join(f"{line}\n" for line in [header, *kept]).encode())
+        for folder in self.pictures.glob("step-*"):
+            if int(folder.name.split("-")[1]) > step:
+                for picture in folder.iterdir():
+                    picture.unlink()
+                os.rmdir(folder)
+
+    def close(self) -> None:
+        self._lock.close()
+        (self.path / ".lock").unlink(missing_ok=True)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # torn by a kill
+        return float("inf")

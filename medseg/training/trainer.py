@@ -1,0 +1,389 @@
+"""The training loop, from top to bottom.
+
+Nothing in it depends on when the run was interrupted: samples and dropout are keyed by seed and
+step, learning rates are functions of step and scores, and everything else is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from medseg.errors import Interrupted, TrainingError
+from medseg.training.checkpoint import Checkpoints
+from medseg.training.optim import Rate
+from medseg.training.run_folder import RunFolder
+
+LOG_EVERY = 10
+CHECKPOINT_SECONDS = 300
+"""A kill costs at most these seconds of training, besides what stands at each validation."""
+
+MAX_SKIPS = 5
+MAX_RESTORES = 3
+
+Batch = Mapping[str, Any]
+Target = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found.
+
+    Args:
+        rows: (case, organ, Dice); Dice is NaN where the organ is in neither label map.
+        pictures: Case to RGB picture (H, W, 3) with contours.
+    """
+
+    rows: Sequence[tuple[str, str, float]]
+    pictures: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
+
+    @property
+    def dice(self) -> dict[str, float]:
+        """Mean over cases for each organ, NaN where no case has it."""
+        organs = dict.fromkeys(organ for _, organ, _ in self.rows)
+        values = {organ: [d for _, o, d in self.rows if o == organ and not math.isnan(d)] for organ in organs}
+        return {organ: float(np.mean(found)) if found else math.nan for organ, found in values.items()}
+
+
+class Tracker(Protocol):
+    """Where metrics go; see `medseg.tracking`."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log_picture(self, picture: npt.NDArray[np.uint8], name: str, step: int) -> None: ...
+
+
+class Observer(Protocol):
+    """Who watches; see `medseg.training.live`."""
+
+    def on_step(self, step: int, loss: float) -> None: ...
+    def on_validation(self, step: int, dice: Mapping[str, float], mean: float, best: float) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a training; see `medseg.workflow.Train`."""
+
+    iterations: int
+    validate_every: int
+    lr: float
+    clip_grad_norm: float | None = None
+    accumulate: int = 1
+    early_stop: int | None = None
+    ema: float = 0.0
+    seed: int = 0
+    scored: tuple[str, ...] = ()  # organs whose mean picks the best checkpoint; empty: all
+
+
+@dataclass
+class Progress:
+    """How far a training is; all of it goes into the checkpoint."""
+
+    step: int = 0
+    scores: list[float] = field(default_factory=list)  # mean Dice at each validation
+    best_step: int = 0
+    best_dice: dict[str, float] = field(default_factory=dict)
+    last_dice: dict[str, float] = field(default_factory=dict)
+    lr_scale: float = 1.0  # halved each time the training diverged
+    restores: int = 0
+    loss_sum: float = 0.0  # since the last logged step
+    loss_count: int = 0
+
+    @property
+    def best(self) -> float:
+        return max(self.scores, default=-math.inf)
+
+
+class Trainer:
+    """Trains one network.
+
+    Args:
+        fabric: Devices and precision.
+        network: Not yet set up by `fabric`.
+        loss: (logits, target, mask) → scalar; ``set_step`` is called where it has one.
+        optimizer: Over the network's parameters.
+        rate: What ``settings.lr`` is multiplied by at each step.
+        batches: First batch number → batches from there on, keyed by their number.
+        target: Label batch → (target, mask) as the loss wants it.
+        validate: Network → scores; None: never.
+        settings: The numbers.
+        folder: Where checkpoints, tables and pictures go.
+        tracker: Where metrics go.
+        observer: Who watches.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        network: nn.Module,
+        *,
+        loss: Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer,
+        rate: Rate,
+        batches: Callable[[int], Iterable[Batch]],
+        target: Target,
+        validate: Callable[[nn.Module], Validation] | None,
+        settings: Settings,
+        folder: RunFolder,
+        tracker: Tracker,
+        observer: Observer,
+    ) -> None:
+        self.fabric = fabric
+        self.ema = _averaged(network, settings.ema)
+        self.network, self.optimizer = fabric.setup(network, optimizer)
+        self.loss = loss
+        self.rate = rate
+        self.batches = batches
+        self.target = target
+        self.validate = validate
+        self.settings = settings
+        self.folder = folder
+        self.tracker = tracker
+        self.observer = observer
+        self.last = Checkpoints(folder.checkpoints / "last", keep=2)
+        self.best = Checkpoints(folder.checkpoints / "best", keep=2)
+        self.progress = Progress()
+        self.seconds_waiting = 0.0
+        self.seconds_training = 0.0
+        self._stop: signal.Signals | None = None
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network that is validated and kept: the averaged one if there is an EMA."""
+        return self.ema.module if self.ema else self.network.module
+
+    def fit(self) -> Progress:
+        """Train from where the run folder's last checkpoint stands, to the end.
+
+        Raises:
+            Interrupted: After SIGTERM or Ctrl-C; the state is saved.
+            TrainingError: If the loss stays NaN or infinite.
+        """
+        self._resume()
+        with self._signals():
+            while not self._finished():
+                try:
+                    self._run_until_done_or_diverged()
+                except _Diverged as diverged:
+                    self._restore_last_good(diverged)
+        return self.progress
+
+    def train_step(self, batches: Sequence[Batch]) -> float:
+        """One update of the weights.
+
+        Args:
+            batches: `accumulate` batches: ``image`` (B, C, I, J, K), ``label`` (B, 1, I, J, K).
+
+        Returns:
+            The loss, NaN or infinite if the update was skipped for it.
+        """
+        progress, settings = self.progress, self.settings
+        torch.manual_seed(_mixed(settings.seed, progress.step))  # dropout is keyed too
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * progress.lr_scale * self.rate(progress.step, progress.scores)
+        if hasattr(self.loss, "set_step"):
+            self.loss.set_step(progress.step)
+        total = 0.0
+        for n, batch in enumerate(batches):
+            with self.fabric.no_backward_sync(self.network, enabled=n + 1 < len(batches)):
+                target, mask = self.target(batch["label"])
+                loss = self.loss(self.network(batch["image"]), target, mask) / len(batches)
+                self.fabric.backward(loss)
+            total += float(loss.detach())
+        norm = self.fabric.clip_gradients(
+            self.network, self.optimizer, max_norm=settings.clip_grad_norm or math.inf, error_if_nonfinite=False
+        )
+        if math.isfinite(total) and bool(torch.as_tensor(norm).isfinite()):
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update_parameters(self.network.module)
+        else:
+            total = math.nan
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def save(self) -> None:
+        """Write the last checkpoint."""
+        if self.fabric.is_global_zero:
+            self.last.save(self._state(), self.progress.step)
+
+    def _run_until_done_or_diverged(self) -> None:
+        settings, progress = self.settings, self.progress
+        self.network.train()
+        skipped: list[str] = []
+        saved = asked = time.monotonic()
+        for batches in _groups(self.batches(progress.step * settings.accumulate), settings.accumulate):
+            batches = [self.fabric.to_device(batch) for batch in batches]
+            got = time.monotonic()
+            loss = self.train_step(batches)
+            progress.step += 1
+            self.seconds_waiting += got - asked
+            if math.isfinite(loss):
+                skipped = []
+                self._log_loss(loss)
+            else:
+                skipped += [case for batch in batches for case in batch["case"]]
+                if len(skipped) >= MAX_SKIPS * len(batches) * len(batches[0]["case"]):
+                    raise _Diverged(skipped)
+            self.seconds_training += time.monotonic() - asked
+            if progress.step % settings.validate_every == 0 or progress.step == settings.iterations:
+                self._validate()
+                self.save()
+                saved = time.monotonic()
+            elif self._stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self.save()
+                saved = time.monotonic()
+            if self._stop:
+                raise Interrupted("E-INTERRUPTED", f"{self._stop.name} after {progress.step} of {settings.iterations} iterations; everything is saved")
+            if self._finished():
+                return
+            asked = time.monotonic()
+
+    def _validate(self) -> None:
+        if self.validate is None:
+            return
+        progress = self.progress
+        network = self.trained
+        network.eval()
+        result = self.validate(network)
+        network.train()
+        dice = result.dice
+        scored = [value for organ, value in dice.items() if not math.isnan(value) and organ in (self.settings.scored or dice)]
+        mean = float(np.mean(scored)) if scored else 0.0
+        if mean > progress.best:
+            progress.best_step, progress.best_dice = progress.step, dice
+            if self.fabric.is_global_zero:
+                self.best.save({"step": progress.step, "network": copy.copy(network.state_dict())}, progress.step)
+        progress.scores.append(mean)
+        progress.last_dice = dice
+        if self.fabric.is_global_zero:
+            self.folder.add_validation(progress.step, result.rows)
+            self.tracker.log_metrics({f"val/dice/{organ}": value for organ, value in dice.items()} | {"val/mean_dice": mean}, progress.step)
+            for case, picture in result.pictures.items():
+                self.tracker.log_picture(picture, case, progress.step)
+        self.observer.on_validation(progress.step, dice, mean, progress.best)
+
+    def _log_loss(self, loss: float) -> None:
+        progress = self.progress
+        progress.loss_sum += loss
+        progress.loss_count += 1
+        if progress.step % LOG_EVERY == 0:
+            values = {"train/loss": progress.loss_sum / progress.loss_count, "train/lr": self.optimizer.param_groups[0]["lr"]}
+            progress.loss_sum, progress.loss_count = 0.0, 0
+            if self.fabric.is_global_zero:
+                self.tracker.log_metrics(values, progress.step)
+                self.folder.log(progress.step, values)
+        self.observer.on_step(progress.step, loss)
+
+    def _finished(self) -> bool:
+        progress, patience = self.progress, self.settings.early_stop
+        if patience and len(progress.scores) > patience and max(progress.scores[-patience:]) < progress.best:
+            return True
+        return progress.step >= self.settings.iterations
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "progress": vars(self.progress),
+        }
+
+    def _resume(self) -> None:
+        state = self.last.load()
+        step = 0
+        if state:
+            self._load(state)
+            step = self.progress.step
+            self.observer.note(f"resuming after {step} of {self.settings.iterations} iterations")
+        else:
+            self.save()  # something to go back to if the first iterations diverge
+        self.best.clear_after(step)
+        self.folder.continue_from(step)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.network.module.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.progress = Progress(**state["progress"])
+
+    def _restore_last_good(self, diverged: _Diverged) -> None:
+        """Back to the last checkpoint with half the learning rate; after a few times, give up."""
+        restores, scale = self.progress.restores + 1, self.progress.lr_scale / 2
+        state = self.last.load()
+        if restores > MAX_RESTORES or state is None:
+            cases = ", ".join(sorted(set(diverged.cases)))
+            raise TrainingError(
+                "E-NAN-LOSS",
+                f"the loss is NaN or infinite at iteration {self.progress.step} although the learning rate was halved "
+                f"{restores - 1} times; look at cases {cases}, or lower train.optimizer.lr",
+            )
+        self._load(state)
+        self.progress.restores, self.progress.lr_scale = restores, scale
+        self.save()
+        self.observer.note(f"loss not finite {MAX_SKIPS} times in a row: back to iteration {self.progress.step}, learning rate × {scale}")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the loop after the step under way; a second Ctrl-C ends it at once."""
+
+        def ask_to_stop(number: int, frame: Any) -> None:
+            if self._stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop = signal.Signals(number)
+            self.observer.note(f"{self._stop.name}: finishing this iteration and saving …")
+
+        before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Diverged(Exception):
+    def __init__(self, cases: Sequence[str]) -> None:
+        super().__init__(cases)
+        self.cases = cases
+
+
+def _averaged(network: nn.Module, decay: float) -> AveragedModel | None:
+    if not decay:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+
+
+def _mixed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def load_best(folder: Path) -> Mapping[str, Tensor]:
+    """Weights of a run's best checkpoint."""
+    state = Checkpoints(folder / "checkpoints" / "best", keep=1).load()
+    if state is None:
+        raise TrainingError("E-CHECKPOINT", "the run has no best checkpoint yet", where=str(folder))
+    return dict(state["network"])

@@ -1,0 +1,72 @@
+"""Dice of each organ on held-out cases, on the network's own grid, with pictures to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from medseg.data.dataset import CachedCase
+from medseg.labels import Labels
+from medseg.metrics.confusion import count, dice
+from medseg.training.trainer import Validation
+
+NUM_PICTURES = 3
+
+
+class Validator:
+    """Scores a network.
+
+    Args:
+        cases: Held-out, preprocessed.
+        labels: The label map.
+        segment: (network, image (C, I, J, K)) → logits (R, I, J, K).
+        draw: (case, predicted label map (I, J, K), title) → RGB picture.
+        unions: Label values also scored together, by name.
+        device: Where images go.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[CachedCase],
+        labels: Labels,
+        *,
+        segment: Callable[[nn.Module, Tensor], Tensor],
+        draw: Callable[[CachedCase, npt.NDArray[Any], str], npt.NDArray[np.uint8]],
+        unions: Mapping[str, Sequence[int]],
+        device: torch.device,
+    ) -> None:
+        self.cases = cases
+        self.labels = labels
+        self.segment = segment
+        self.draw = draw
+        self.unions = unions
+        self.device = device
+
+    def __call__(self, network: nn.Module) -> Validation:
+        rows: list[tuple[str, str, float]] = []
+        pictures = {}
+        for n, case in enumerate(self.cases):
+            predicted = self.predict(network, case)
+            scores = self.score(case, predicted)
+            rows += [(case.id, organ, value) for organ, value in scores.items()]
+            if n < NUM_PICTURES:
+                title = f"{case.id}: " + ", ".join(f"{organ} {value:.2f}" for organ, value in scores.items())
+                pictures[case.id] = self.draw(case, predicted, title)
+        return Validation(rows, pictures)
+
+    def predict(self, network: nn.Module, case: CachedCase) -> npt.NDArray[Any]:
+        """The network's label map, (I, J, K)."""
+        image = torch.from_numpy(np.asarray(case.image, dtype=np.float32)).to(self.device)
+        logits = self.segment(network, image)
+        return self.labels.segment(logits[None])[0].cpu().numpy()
+
+    def score(self, case: CachedCase, predicted: npt.NDArray[Any]) -> dict[str, float]:
+        """Dice of each organ and union."""
+        organs = {**self.labels.organ_values, **{name: tuple(values) for name, values in self.unions.items()}}
+        counts = count(np.asarray(case.label[0]), predicted, organs, ignore_label=self.labels.ignore_label)
+        return {organ: dice(found) for organ, found in counts.items()}

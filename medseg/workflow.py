@@ -1,0 +1,280 @@
+"""The schema of a workflow YAML and its loader, which knows the line and column of every field."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from ruamel.yaml import YAML
+
+from medseg.errors import MedsegError, Problems, WorkflowError
+from medseg.located_yaml import FieldPath, Positions, dotted, line_of, override, place, read_yaml
+from medseg.registry import did_you_mean
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Overlap = Annotated[float, Field(ge=0, lt=1)]
+Spacing = Annotated[tuple[PositiveFloat, ...], Field(min_length=2, max_length=3)]
+Patch = Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=3)]
+
+
+class Section(BaseModel):
+    """Strict, frozen, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Part(Section):
+    """Something chosen from a table: ``{name, args}``, or just the name."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _just_the_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class IntensityChoice(Section):
+    clip: tuple[float, float] | None = Field(None, description="lowest and highest value kept, e.g. HU")
+    normalize: Literal["zscore", "foreground", "minmax", "none"] = "zscore"
+
+
+class Data(Section):
+    manifest: str = Field(description="JSON datalist, relative to this file; ${MEDSEG_DATA} is expanded")
+    spacing_mm: Spacing | Literal["median", "native"] = Field("median", description="voxel size the network sees")
+    orientation: Literal["RAS", "LPS", "LAS", "RPS"] = "RAS"
+    intensity: IntensityChoice | tuple[IntensityChoice, ...] = Field(
+        default_factory=IntensityChoice, description="one for all channels, or a list"
+    )
+    select_volume: int | None = Field(None, description="which volume of a 4D file is the image")
+    assume_spacing_mm: Spacing | None = Field(None, description="for files that state no spacing")
+    cache: Literal["ram", "disk", "none"] = "ram"
+    slice_axis: Literal[0, 1, 2] = Field(2, description="for 2D networks: the axis slices are cut along")
+    context_slices: Annotated[int, Field(ge=0)] = Field(
+        0, description="for 2D networks: neighbours on either side as channels"
+    )
+
+
+class NetworkChoice(Part):
+    encoder_weights: str | None = None
+
+
+class Init(Section):
+    model: str = Field(description="model folder, run folder or MLflow run id to start from")
+    skip: tuple[str, ...] = Field((), description="beginnings of weight names that start fresh, e.g. [head]")
+
+
+class Ramp(Section):
+    start: float = Field(0.0, alias="from")
+    end: float = Field(1.0, alias="to")
+    over: PositiveInt = Field(description="iterations from start to end")
+
+
+class LossTerm(Part):
+    weight: float | Ramp = 1.0
+
+
+class Optimizer(Section):
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    momentum: Fraction = Field(0.99, description="sgd only, Nesterov")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="adam and adamw only")
+
+
+class Schedule(Section):
+    name: Literal["poly", "cosine", "plateau", "constant"] = "poly"
+    power: PositiveFloat = Field(0.9, description="poly only")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="iterations of linear warm-up")
+    patience: PositiveInt = Field(5, description="plateau only: validations without improvement")
+    factor: Fraction = Field(0.5, description="plateau only: what the rate is multiplied by")
+
+
+class Train(Section):
+    patch_size: Patch = Field(description="voxels; two entries: a 2D network on slices")
+    batch_size: PositiveInt = 2
+    iterations: PositiveInt = 20_000
+    validate_every: PositiveInt = 500
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
+    foreground_ratio: Fraction = Field(0.5, description="share of patches centred on an organ")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    clip_grad_norm: PositiveFloat | None = 12.0
+    accumulate: PositiveInt = 1
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    early_stop: PositiveInt | None = Field(None, description="validations without improvement")
+    deep_supervision: bool = False
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged weights; 0: none")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Validate(Section):
+    fold: Annotated[int, Field(ge=0)] = 0
+    metrics: tuple[str, ...] = ("dice",)
+    overlap: Overlap = 0.25
+    max_cases: PositiveInt = Field(20, description="during training; all cases at the end")
+    unions: dict[str, tuple[int, ...]] = Field(
+        default_factory=dict, description="label values also scored together, e.g. {whole_liver: [1, 2]}"
+    )
+
+
+class Infer(Section):
+    overlap: Overlap = 0.5
+    weighting: Literal["gaussian", "constant"] = "gaussian"
+    mirror_axes: tuple[Literal[0, 1, 2], ...] = Field((), description="axes mirrored at prediction, averaged")
+    postprocess: dict[str, Any] = Field(default_factory=dict)
+
+
+class Track(Section):
+    experiment: str | None = Field(None, description="MLflow experiment; the workflow's name if not given")
+    uri: str | None = Field(None, description="MLflow tracking URI; sqlite:///mlflow.db if not given")
+    tensorboard: Literal[False] = False
+
+
+class Workflow(Section):
+    """Everything a training needs, as the YAML says it."""
+
+    format: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    data: Data
+    network: NetworkChoice
+    init: Init | None = None
+    loss: tuple[LossTerm, ...] = (LossTerm(name="dice"), LossTerm(name="cross_entropy"))
+    augment: Literal["none", "default", "strong"] | tuple[Part, ...] = "default"
+    train: Train
+    validate_: Validate = Field(default_factory=Validate, alias="validate")
+    infer: Infer = Field(default_factory=Infer)
+    track: Track = Field(default_factory=Track)
+
+    _file: Path = PrivateAttr(default=Path("workflow.yaml"))
+    _positions: Positions = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Workflow:
+        """Read a workflow.
+
+        Args:
+            path: The YAML file.
+            overrides: ``section.key=value`` each, the value in YAML.
+
+        Raises:
+            WorkflowError: If the file cannot be read or is not plain YAML.
+            Problems: If fields are unknown, missing or of the wrong type: all of them at once.
+        """
+        plain, positions = read_yaml(path)
+        for assignment in overrides:
+            override(plain, positions, assignment)
+        try:
+            workflow = cls.model_validate_json(json.dumps(plain))
+        except ValidationError as error:
+            raise Problems(_explain(error, positions, path)) from None
+        workflow._file = path
+        workflow._positions = positions
+        return workflow
+
+    @property
+    def file(self) -> Path:
+        """The YAML this came from."""
+        return self._file
+
+    def where(self, *field: str | int) -> str:
+        """``file:line:column section.key`` of a field, or of the closest section that the file has."""
+        return f"{place(field, self._positions, self._file)} {dotted(field)}"
+
+    @contextmanager
+    def blamed(self, *field: str | int) -> Iterator[None]:
+        """Say of errors raised inside which field of the workflow, and so which line, led to them."""
+        try:
+            yield
+        except MedsegError as error:
+            if isinstance(error, Problems) or (error.where and error.where.startswith(str(self._file))):
+                raise
+            if error.where:
+                error.message = f"{error.where}: {error.message}"
+            error.where = self.where(*field)
+            raise
+
+    def to_yaml(self) -> str:
+        """The resolved workflow, defaults spelled out."""
+        stream = io.StringIO()
+        YAML().dump(self.model_dump(mode="json", by_alias=True), stream)
+        return stream.getvalue()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a workflow, for completion in editors."""
+    return Workflow.model_json_schema(by_alias=True)
+
+
+def _explain(error: ValidationError, positions: Mapping[FieldPath, str], path: Path) -> list[MedsegError]:
+    """What is wrong, in the order of the file; of a union's branches only the one that went furthest."""
+    found = [(tuple(part for part in item["loc"] if _is_field(part)), item) for item in error.errors()]
+    deepest = [
+        (at, item) for at, item in found if not any(at == other[: len(at)] and at != other for other, _ in found)
+    ]
+    in_order = sorted(deepest, key=lambda entry: line_of(place(entry[0], positions, path)))
+    return [
+        WorkflowError("E-WORKFLOW", _message(at, item), where=f"{place(at, positions, path)} {dotted(at)}")
+        for at, item in in_order
+    ]
+
+
+def _message(at: FieldPath, item: Any) -> str:
+    kind, found = item["type"], item.get("input")
+    if kind == "extra_forbidden":
+        return f"not a field{did_you_mean(str(at[-1]), _fields(at[:-1]))}"
+    if kind == "missing":
+        return "is missing; a workflow must state it"
+    message = f"{_readable(item)}, found {found!r}"
+    if isinstance(found, str) and _is_number(found):
+        return f"{message}; write the number without quotes"
+    if isinstance(found, str) and kind == "literal_error":
+        return message + did_you_mean(found, item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+    return message
+
+
+def _readable(item: Any) -> str:
+    message = str(item["msg"])
+    return message.replace("Input should be", "must be").replace("Input must be", "must be")
+
+
+def _is_field(part: str | int) -> bool:
+    """Whether a step of pydantic's location is a key of the YAML (and not the name of a union's branch)."""
+    branches = {"bool", "int", "float", "str", "none", "Ramp", "IntensityChoice"}
+    return isinstance(part, int) or not (part in branches or "[" in part or "(" in part)
+
+
+def _fields(at: FieldPath) -> list[str]:
+    """Names of the fields of the section at a path."""
+    model: Any = Workflow
+    for part in at:
+        if isinstance(part, int):
+            continue
+        fields = {f.alias or name: f for name, f in model.model_fields.items()}
+        model = next((kind for kind in _models(fields[part].annotation)), None) if part in fields else None
+        if model is None:
+            return []
+    return [f.alias or name for name, f in model.model_fields.items()]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models(inner)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

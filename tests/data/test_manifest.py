@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+
+import pytest
+from monai.data import load_decathlon_datalist
+from sklearn.model_selection import KFold
+
+from medseg.data.manifest import Manifest, assign_folds
+from medseg.errors import MedsegError
+
+LABELS = {"0": "background", "1": "liver"}
+
+
+def write(folder: Path, training, **more) -> Path:
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({"labels": LABELS, "training": training, **more}))
+    return path
+
+
+def pair(name: str, **more) -> dict:
+    return {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz", **more}
+
+
+def test_folds_are_scikit_learns_with_nnunets_seed():
+    names = [f"case_{n:03d}" for n in range(37)]
+    expected = {
+        names[index]: fold
+        for fold, (_, held_out) in enumerate(KFold(5, shuffle=True, random_state=12345).split(names))
+        for index in held_out
+    }
+    assert assign_folds(names) == expected
+
+
+def test_cases_of_a_patient_share_a_fold(tmp_path):
+    manifest = Manifest.load(write(tmp_path, [pair(f"c{n}", patient=f"p{n // 2}") for n in range(20)]))
+    for fold in range(5):
+        training, validation = manifest.split(fold)
+        assert not {c.patient for c in training} & {c.patient for c in validation}
+        assert len(validation) == 4
+
+
+def test_given_folds_are_kept(tmp_path):
+    manifest = Manifest.load(write(tmp_path, [pair("a", fold=0), pair("b", fold=1), pair("c", fold=1)]))
+    assert [case.id for case in manifest.split(0)[1]] == ["a"]
+
+
+def test_a_patient_on_both_sides_of_a_given_fold_is_refused(tmp_path):
+    manifest = Manifest.load(write(tmp_path, [pair("a", fold=0, patient="x"), pair("b", fold=1, patient="x")]))
+    with pytest.raises(MedsegError, match="E-LEAKAGE"):
+        manifest.split(0)
+
+
+@pytest.mark.parametrize(
+    ("training", "more", "expected"),
+    [
+        ([pair("a"), pair("a")], {}, "E-DUPLICATE-CASE"),
+        ([{"img": "a.nii"}], {}, "E-MANIFEST .*training\\[0\\]"),
+        ([pair("a", fold=0), pair("b")], {}, "E-FOLD"),
+        ([pair("a")], {"labels": {"0": "background", "3": "x"}}, "E-LABELS"),
+        ([pair("a")], {"root": "${NOT_SET_ANYWHERE}/x"}, "E-VARIABLE"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, training, more, expected):
+    with pytest.raises(MedsegError, match=expected):
+        Manifest.load(write(tmp_path, training, **more)).split(0)
+
+
+def test_all_missing_files_are_reported_at_once(tmp_path):
+    manifest = Manifest.load(write(tmp_path, [pair("a"), pair("b")]))
+    with pytest.raises(MedsegError) as caught:
+        manifest.check_files()
+    assert str(caught.value).count("E-MISSING-FILE") == 4
+
+
+def test_a_missing_manifest_suggests_one_beside_it(tmp_path):
+    write(tmp_path, [])
+    with pytest.raises(MedsegError, match=r"did you mean 'dataset.json'\?"):
+        Manifest.load(tmp_path / "datset.json")
+
+
+def test_what_a_run_writes_down_loads_again_and_in_monai(tmp_path):
+    manifest = Manifest.load(write(tmp_path, [pair(f"c{n}") for n in range(5)]))
+    again = tmp_path / "written.json"
+    again.write_text(json.dumps(manifest.to_dict()))
+    loaded = Manifest.load(again)
+    assert loaded.folds() == manifest.folds()
+    assert [c.images for c in loaded.training] == [c.images for c in manifest.training]
+    listed = load_decathlon_datalist(str(again), is_segmentation=True, data_list_key="training")
+    assert [Path(entry["image"]) for entry in listed] == [c.images[0] for c in manifest.training]
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("name", "cases"), [("hippocampus", 220), ("liver_lits11", 11)])
+def test_published_decathlon_files_load_as_they_are(data_dir, name, cases):
+    manifest = Manifest.load(data_dir / name / "dataset.json")
+    manifest.check_files()
+    assert len(manifest.training) == cases

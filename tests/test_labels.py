@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from medseg.errors import DataError
+from medseg.labels import Labels
+
+PLAIN = Labels({0: "background", 1: "liver", 2: "tumour"})
+REGIONS = Labels(
+    {0: "background", 1: "liver", 2: "tumour"},
+    regions={"whole": (1, 2), "tumour": (2,)},
+    region_order=(1, 2),
+    ignore_label=255,
+)
+MAP = torch.tensor([[[[0, 1], [2, 255]]]])  # (B, 1, I, J)
+
+
+def test_classes_become_indices():
+    target, mask = PLAIN.target(torch.tensor([[[[0, 1], [2, 1]]]]))
+    assert target.tolist() == [[[0, 1], [2, 1]]]
+    assert target.dtype == torch.int64
+    assert mask is None
+
+
+def test_regions_become_channels_and_ignored_voxels_a_mask():
+    target, mask = REGIONS.target(MAP)
+    assert target.tolist() == [[[[0, 1], [1, 0]], [[0, 0], [1, 0]]]]
+    assert mask.tolist() == [[[[True, True], [True, False]]]]
+
+
+def test_later_regions_are_written_over_earlier_ones():
+    logits = torch.tensor([[[[-1.0, 1.0, 1.0]], [[-1.0, -1.0, 1.0]]]])  # (B, R, I, J)
+    assert REGIONS.segment(logits).tolist() == [[[0, 1, 2]]]
+
+
+def test_what_is_scored_are_organs_or_regions():
+    assert PLAIN.organs == ("liver", "tumour")
+    assert PLAIN.num_outputs == 3
+    assert REGIONS.organs == ("whole", "tumour")
+    assert REGIONS.num_outputs == 2
+
+
+def test_labels_survive_a_manifest():
+    assert Labels.from_dict(REGIONS.to_dict()) == REGIONS
+
+
+def test_nnunets_way_round_is_read_too():
+    labels = Labels.from_dict({"labels": {"background": 0, "whole": 1}, "ignore_label": None})
+    assert labels.names == {0: "background", 1: "whole"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"names": {0: "background", 2: "liver"}},
+        {"names": {0: "background"}},
+        {"names": {0: "background", 1: "liver", 2: "liver"}},
+        {"names": {0: "background", 1: "liver"}, "pairs": ((1, 5),)},
+        {"names": {0: "background", 1: "liver"}, "regions": {"a": (1,)}},
+        {"names": {0: "background", 1: "liver"}, "ignore_label": 1},
+    ],
+)
+def test_labels_that_contradict_themselves_are_refused(wrong):
+    with pytest.raises(DataError, match="E-LABELS"):
+        Labels(**wrong)
