@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console, RenderableType
-from rich.table import Table
 from typer.core import TyperGroup
 
 from medseg import __version__
 from medseg.display import console
 from medseg.errors import MedsegError
+from medseg.results import described, evaluation_table, parts_table, print_result
 
 # Nothing above loads torch, MONAI or MLflow, and verbs are imported where they are called: `--help` is instant.
-
-Result = Mapping[str, Any]
 
 INTERNAL_ERROR = 4
 SOME_CASES_FAILED = 3
@@ -60,23 +56,33 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes break long paths in messages, and read [brackets] as markup
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Make data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the network runs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 TrackingUri = Annotated[
-    str | None, typer.Option("--tracking-uri", help="MLflow store.  [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]")
+    str | None,
+    typer.Option("--tracking-uri", help="MLflow store.  [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]"),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"medseg {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     *,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", envvar="MEDSEG_DEBUG", help="Show tracebacks.")] = False,
 ) -> None:
     """Segment organs and lesions in medical images: train, predict, evaluate, compare."""
@@ -84,13 +90,16 @@ def options(
 
 @app.command()
 def train(
-    workflow: Annotated[Path, typer.Argument(help="Workflow YAML.")],
+    workflow: Annotated[Path, typer.Argument(metavar="WORKFLOW", help="Workflow YAML.")],
     *,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. train.iterations=100.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. train.iterations=100."),
     ] = None,
     fold: Annotated[str | None, typer.Option(metavar="N|all", help="Fold to validate on, or all in turn.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.  [default: runs/NAME/TIME-ID]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder.  [default: runs/NAME/TIME-ID]")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     device: Device = "auto",
     devices: Annotated[int, typer.Option(min=1, help="GPUs or processes.")] = 1,
@@ -111,18 +120,22 @@ def train(
             devices=devices,
             dry_run=dry_run,
         )
-    _print(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="Run folder, model folder, MLflow run id, or models:/NAME@ALIAS.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Run folder, model folder, MLflow run id, or models:/NAME@ALIAS.")
+    ],
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, folders, or a manifest.")],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the segmentations.")],
     format: Annotated[Literal["nii.gz", "nrrd", "mha"], typer.Option(help="File format.")] = "nii.gz",
     split: Annotated[str | None, typer.Option(help="Part of a manifest, e.g. test.")] = None,
-    overlap: Annotated[float | None, typer.Option(help="Share of a window the next one covers.  [default: the model's]")] = None,
+    overlap: Annotated[
+        float | None, typer.Option(help="Share of a window the next one covers.  [default: the model's]")
+    ] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write the probabilities too.")] = False,
     device: Device = "auto",
@@ -153,15 +166,17 @@ def predict(
             dry_run=dry_run,
             tracking_uri=tracking_uri,
         )
-    _print(result, as_json)
+    print_result(result, as_json)
     if result.get("failed"):
         raise typer.Exit(SOME_CASES_FAILED)
 
 
 @app.command()
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="File or folder of segmentations.")],
-    references: Annotated[Path, typer.Argument(help="File or folder of references, or a manifest.")],
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="File or folder of segmentations.")],
+    references: Annotated[
+        Path, typer.Argument(metavar="REFERENCES", help="File or folder of references, or a manifest.")
+    ],
     *,
     labels: Annotated[Path | None, typer.Option(help="Manifest that names the labels.")] = None,
     metrics: Annotated[str, typer.Option(metavar="NAME,...", help="See `medseg metrics`.")] = "dice,iou",
@@ -183,7 +198,7 @@ def evaluate(
             output=output,
             split=split,
         )
-    _print(result, as_json, _evaluation)
+    print_result(result, as_json, evaluation_table)
 
 
 @app.command()
@@ -203,12 +218,12 @@ def compare(
         from medseg.compare import compare
 
         result = compare(runs, metric=metric, tracking_uri=tracking_uri, output=output, fail_if_worse=fail_if_worse)
-    _print(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
 def nets(
-    name: Annotated[str | None, typer.Argument(help="One network.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One network.")] = None,
     *,
     spatial_dims: Annotated[int | None, typer.Option(min=2, max=3, help="Only those for 2D or 3D.")] = None,
     as_json: AsJson = False,
@@ -218,7 +233,7 @@ def nets(
         from medseg.nets import NETS
     entries = NETS if name is None else {name: NETS[name]}
     chosen = {key: entry for key, entry in entries.items() if spatial_dims in (None, *entry.spatial_dims)}
-    _print(_described(chosen), as_json, _parts)
+    print_result(described(chosen), as_json, parts_table)
 
 
 @app.command()
@@ -226,7 +241,7 @@ def losses(*, as_json: AsJson = False) -> None:
     """List the losses."""
     with _stdout_kept_free():
         from medseg.losses import LOSSES
-    _print(_described(LOSSES), as_json, _parts)
+    print_result(described(LOSSES), as_json, parts_table)
 
 
 @app.command()
@@ -234,7 +249,7 @@ def metrics(*, as_json: AsJson = False) -> None:
     """List the metrics."""
     with _stdout_kept_free():
         from medseg.metrics import METRICS
-    _print(_described(METRICS), as_json, _parts)
+    print_result(described(METRICS), as_json, parts_table)
 
 
 @data_app.command()
@@ -250,7 +265,7 @@ def phantom(
         from medseg.data_tools import make_phantom
 
         result = make_phantom(folder, num_cases=cases, seed=seed)
-    _print(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -274,7 +289,9 @@ def schema(
 def ui(
     *,
     tracking_uri: TrackingUri = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; anyone who reaches it can read the runs.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; anyone who reaches it can read the runs.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Open MLflow's pages on this project's runs; Ctrl-C ends it."""
@@ -284,13 +301,13 @@ def ui(
 
 
 @app.command()
-def sync(run: Annotated[Path, typer.Argument(help="Run folder.")], *, as_json: AsJson = False) -> None:
+def sync(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")], *, as_json: AsJson = False) -> None:
     """Send what a tracking server missed while it was away."""
     with _stdout_kept_free():
         from medseg.tracking.mlflow_tracker import sync
 
         sent = sync(run)
-    _print({"run_dir": run, "sent": sent}, as_json)
+    print_result({"run_dir": run, "sent": sent}, as_json)
 
 
 def main() -> None:
@@ -314,24 +331,5 @@ def _stdout_kept_free() -> Iterator[None]:
         yield
 
 
-def _print(result: Result, as_json: bool, table: Callable[[Result], RenderableType] | None = None) -> None:
-    """Print a result on stdout: one JSON object, or what people like to read."""
-    if as_json:
-        sys.stdout.write(json.dumps(_plain(result), allow_nan=False) + "\n")
-    else:
-        Console(highlight=False).print((table or _listing)(result), soft_wrap=table is None)
-
-
-def _plain(value: Any) -> Any:
-    """The same in JSON's types; numbers that JSON does not know become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None  # float(): NumPy's float64 is one too
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _listing(result: Result) -> RenderableType:
-    ...
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_testnodedown(node: Any) -> None:
-    node.config.stash[DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", 0)  # none if it crashed
+    counted = getattr(node, "workeroutput", {}).get("deselected", 0)  # a worker that crashed says nothing
+    node.config.stash[DESELECTED] = max(counted, node.config.stash[DESELECTED])  # each collects all tests
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

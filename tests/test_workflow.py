@@ -53,10 +53,18 @@ def test_the_resolved_yaml_loads_to_the_same_workflow(tmp_path):
     ("before", "after", "expected"),
     [
         ("  patch_size", "  pach_size", "w.yaml:10:3 train.pach_size: not a field; did you mean 'patch_size'?"),
-        ("lr: 1e-4", "lr: '1e-4'", "w.yaml:11:28 train.optimizer.lr: must be a valid number, found '1e-4'; write the number"),
+        (
+            "lr: 1e-4",
+            "lr: '1e-4'",
+            "w.yaml:11:28 train.optimizer.lr: must be a valid number, found '1e-4'; write the number",
+        ),
         ("[32, 32, 32]", "32", "w.yaml:10:3 train.patch_size: must be a valid array, found 32"),
         ("name: liver", "name: liver\nname: spleen", 'w.yaml:2:1: found duplicate key "name"'),
-        ("name: adamw", "name: adam-w", "train.optimizer.name: must be 'sgd', 'adam' or 'adamw', found 'adam-w'; did you"),
+        (
+            "name: adamw",
+            "name: adam-w",
+            "train.optimizer.name: must be 'sgd', 'adam' or 'adamw', found 'adam-w'; did you",
+        ),
         ("[32, 32, 32]", "[32, 32, 0]", "w.yaml:10:24 train.patch_size[2]: must be greater than 0, found 0"),
         ("name: liver", "name: !!python/object:os.system liver", "w.yaml:1:1 name: tag:yaml.org,2002:python"),
         ("name: liver", "name: [1, 2", "w.yaml"),
@@ -78,7 +86,9 @@ def test_all_faults_are_reported_at_once_in_the_order_of_the_file(tmp_path):
 def test_an_override_replaces_a_value_and_is_blamed_for_its_faults(tmp_path):
     assert load(tmp_path, GOOD, "train.patch_size=[16, 16, 16]").train.patch_size == (16, 16, 16)
     assert load(tmp_path, GOOD, "network.args.channels=[4]").network.args == {"channels": [4]}
-    assert "--set train.bach_size: not a field; did you mean 'batch_size'?" in refusal(tmp_path, GOOD, "train.bach_size=3")
+    assert "--set train.bach_size: not a field; did you mean 'batch_size'?" in refusal(
+        tmp_path, GOOD, "train.bach_size=3"
+    )
     assert "must look like" in refusal(tmp_path, GOOD, "train.batch_size")
 
 

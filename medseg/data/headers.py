@@ -186,7 +186,7 @@ def _space_and_channels(raw: nib.Nifti1Header, where: str) -> tuple[tuple[int, .
 def _voxel_type(raw: nib.Nifti1Header, where: str) -> np.dtype[np.generic]:
     try:
         dtype: np.dtype[np.generic] = raw.get_data_dtype()
-    except HeaderDataError:
+    except KeyError:
         raise DataError("E-NIFTI-HEADER", f"unknown data type code {int(raw['datatype'])}", where=where) from None
     if dtype.kind not in "iuf" or dtype.itemsize not in (1, 2, 4, 8):
         name = raw.get_value_label("datatype")

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813  # its own documentation calls it so
+import SimpleITK as sitk
 
 from medseg.data.headers import check_geometry, check_size
 from medseg.data.preflight import open_checked

@@ -22,6 +22,7 @@ import logging
 from collections.abc import Sequence
 from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ from medseg.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _MAX_DEFLATE_RATIO = 1032  # no deflate stream expands further
-_DAMAGED: tuple[type[Exception], ...] = (gzip.BadGzipFile, isal_zlib.error)
+_DAMAGED: tuple[Any, ...] = (gzip.BadGzipFile, isal_zlib.error)
 _CHUNK = 2**20  # larger ones leave the processor's cache
 
 log = logging.getLogger("medseg")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from medseg.errors import ModelError
+from medseg.errors import ModelError, WorkflowError
 from medseg.files import write_atomically
 
 LINES_FILE = "tracking.jsonl"
 STATE_FILE = "tracking.json"
+LOCK_FILE = "tracking.lock"
 
 Record = Mapping[str, Any]
 Identity = tuple[str, str, int | None]
@@ -130,8 +132,24 @@ class Delivery:
             message = f"cannot be read ({error}); delete it, and the run is tracked anew"
             raise ModelError("E-TRACK-STATE", message, where=str(path)) from None
 
-    def save(self, run_dir: Path) -> None:
+    def note(self, run_dir: Path, **changes: Any) -> None:
+        """Change fields, here and on disk."""
+        for name, value in changes.items():
+            setattr(self, name, value)
         write_atomically(run_dir / STATE_FILE, json.dumps(asdict(self), indent=2).encode() + b"\n")
+
+
+def lock_run(run_dir: Path) -> IO[str]:
+    """Keep other processes from sending the same lines; ends when it is closed, and however the process ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / LOCK_FILE).open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a forked data loader would inherit that
+    except OSError:
+        lock.close()
+        message = "another process is writing this run, and sends what it logs itself; wait for it or stop it"
+        raise WorkflowError("E-TRACK-BUSY", message, where=str(run_dir)) from None
+    return lock
 
 
 def _identity(record: Record) -> Identity | None:

@@ -1,0 +1,146 @@
+"""A trained model that segments scans: preprocessing, windows, restoring, post-processing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medseg.data.sources import Source, name_of
+from medseg.data.transforms import Prepared, preprocess
+from medseg.errors import DataError
+from medseg.geometry import Volume
+from medseg.inference.postprocess import check_steps
+from medseg.inference.restore import restore
+from medseg.inference.sliding_window import sliding_window
+from medseg.inference.tta import Mirrored
+from medseg.model import ModelSpec
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+SLICES_AT_ONCE = 8
+"""Windows in a batch for networks on slices; a single slice keeps no processor busy."""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a model found in a scan.
+
+    Args:
+        label: (1, I, J, K), uint8 or int16, on the scan's own grid.
+        probabilities: (R, I, J, K), float32, on the same grid, if they were asked for. They are the
+            network's: post-processing changes the label map alone.
+    """
+
+    label: Volume
+    probabilities: Volume | None = None
+
+
+class Predictor:
+    """A trained model, ready to segment.
+
+    Args:
+        spec: What the model is.
+        network: With its weights; put into eval mode and on the device.
+        device: ``cpu``, ``cuda``, ``cuda:1`` …
+        precision: ``auto`` is bf16 where the hardware has it, else fp32.
+        batch_size: Windows predicted at once; None: 1, or `SLICES_AT_ONCE` for networks on slices.
+
+    Raises:
+        WorkflowError: If the model names unknown post-processing, or cannot be mirrored as it says.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        network: nn.Module,
+        *,
+        device: str | torch.device = "cpu",
+        precision: Precision = "auto",
+        batch_size: int | None = None,
+    ) -> None:
+        self.spec = spec
+        self.device = torch.device(device)
+        if spec.window.mirror_axes:
+            network = Mirrored(network, spec.window.mirror_axes, spec.labels)
+        self.network = network.to(self.device).eval()
+        if precision == "auto":
+            precision = "bf16" if has_bf16(self.device.type) else "fp32"
+        self.autocast = torch.bfloat16 if precision == "bf16" else None
+        self.batch_size = batch_size or (SLICES_AT_ONCE if spec.spatial_dims == 2 else 1)
+        self._steps = check_steps(spec.postprocess, spec.labels)
+
+    def segment(self, images: Sequence[Source], *, with_probabilities: bool = False) -> Segmentation:
+        """Segment a scan.
+
+        Args:
+            images: One file (or volume in memory) with all channels, or one a channel.
+            with_probabilities: Whether to return them too.
+
+        Raises:
+            DataError: If the scan cannot be used.
+        """
+        return self.segment_prepared(self.prepare(images), with_probabilities=with_probabilities)
+
+    def prepare(self, images: Sequence[Source]) -> Prepared:
+        """Read and preprocess a scan: the part that needs no network, and may run ahead in a thread.
+
+        Raises:
+            DataError: If the scan cannot be used, or is not like those that the model was trained on.
+        """
+        prepared = preprocess(images, None, self.spec.preprocessing)
+        if prepared.source.spatial_dims != 3:
+            raise DataError(
+                "E-SPATIAL-DIMS",
+                f"{prepared.source.spatial_dims}D image of shape {prepared.source.shape}; the model takes volumes: "
+                "stack the slices into one file",
+                where=name_of(images),
+            )
+        return prepared
+
+    def segment_prepared(self, prepared: Prepared, *, with_probabilities: bool = False) -> Segmentation:
+        """Segment what `prepare` returned; of a scan that shows nothing, nothing is segmented."""
+        labels = self.spec.labels
+        if all(np.ptp(channel) == 0 for channel in prepared.image):
+            logging.getLogger("medseg").warning("W-EMPTY the scan shows nothing after clipping; so does the segmentation")
+            logits = self._nothing(prepared)
+        else:
+            logits = sliding_window(
+                torch.from_numpy(prepared.image).to(self.device),
+                self.network,
+                self.spec.window,
+                num_outputs=labels.num_outputs,
+                batch_size=self.batch_size,
+                autocast=self.autocast,
+            )
+        label, probabilities = restore(
+            logits,
+            labels,
+            grid=prepared.geometry,
+            source=prepared.source,
+            orientation=self.spec.preprocessing.orientation,
+            with_probabilities=with_probabilities,
+        )
+        array = label.array[0]
+        for step, values in self._steps:
+            array = step(array, values)
+        return Segmentation(Volume(array[None], label.geometry), probabilities)
+
+    def _nothing(self, prepared: Prepared) -> Tensor:
+        """Logits that say background, with certainty."""
+        logits = torch.full((self.spec.labels.num_outputs, *prepared.image.shape[1:]), -100.0)
+        if not self.spec.labels.regions:
+            logits[0] = 100.0
+        return logits
+
+
+def has_bf16(device_type: str) -> bool:
+    """Whether the hardware computes in bf16; emulated, it is slower than fp32."""
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from medseg import __version__
+from medseg.cli import app
+from medseg.errors import DataError, Interrupted, Problems, TrainingError, WorkflowError
+
+Fake = Callable[..., list[dict[str, Any]]]
+
+
+def medseg(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Puts a function in the place of a verb; gives the list of the calls it gets."""
+
+    def install(verb: str, answer: Any = None, *, module: str | None = None) -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = []
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            calls.append({"args": args, **kwargs})
+            print("a library that chatters")
+            if isinstance(answer, BaseException):
+                raise answer
+            return {} if answer is None else answer
+
+        stand = ModuleType(module or f"medseg.{verb}")
+        setattr(stand, verb, stand_in)
+        monkeypatch.setitem(sys.modules, stand.__name__, stand)
+        return calls
+
+    return install
+
+
+def test_help_is_instant_and_loads_no_framework() -> None:
+    script = """
+import resource, sys
+from medseg.cli import app
+try:
+    app(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+used = resource.getrusage(resource.RUSAGE_SELF)
+loaded = {"torch", "monai", "mlflow", "numpy", "SimpleITK", "lightning_fabric"} & sys.modules.keys()
+print(f"{used.ru_utime + used.ru_stime} {sorted(loaded)}", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    seconds, loaded = done.stderr.split(" ", 1)
+    assert "predict" in done.stdout
+    assert loaded.strip() == "[]"
+    assert float(seconds) < 0.5
+
+
+def test_version_is_the_packages() -> None:
+    assert medseg("--version").stdout == f"medseg {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "compare", "nets", "sync", "ui", "data phantom"])
+def test_every_command_has_help(command: str) -> None:
+    result = medseg(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert f"{command} [OPTIONS]" in result.stdout
+
+
+def test_train_hands_its_arguments_to_the_verb(fake: Fake) -> None:
+    calls = fake("train")
+    result = medseg(
+        "train", "w.yaml", "--set", "train.batch_size=4", "--set", "name=x", "--fold", "all",
+        "--output", "out", "--resume", "--device", "cpu", "--devices", "2", "--dry-run",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert calls == [
+        {
+            "args": (Path("w.yaml"),),
+            "overrides": ["train.batch_size=4", "name=x"],
+            "fold": "all",
+            "output": Path("out"),
+            "resume": True,
+            "device": "cpu",
+            "devices": 2,
+            "dry_run": True,
+        }
+    ]
+
+
+def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
+    calls = fake("predict", {"done": [], "failed": [], "seconds": 0.0})
+    result = medseg(
+        "predict", "models:/liver@best", "a.nii.gz", "b", "-o", "out", "--format", "mha", "--split", "test",
+        "--overlap", "0.25", "--tta", "--probabilities", "--workers", "3", "--force", "--tracking-uri", "http://x",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert calls == [
+        {
+            "args": ("models:/liver@best", [Path("a.nii.gz"), Path("b")]),
+            "output": Path("out"),
+            "format": "mha",
+            "split": "test",
+            "overlap": 0.25,
+            "tta": True,
+            "probabilities": True,
+            "device": "auto",
+            "workers": 3,
+            "resume": False,
+            "force": True,
+            "dry_run": False,
+            "tracking_uri": "http://x",
+        }
+    ]
+
+
+def test_evaluate_splits_the_metrics_at_commas(fake: Fake) -> None:
+    calls = fake("evaluate", {"cases": 0, "mean": {}, "per_organ": {}})
+    assert medseg("evaluate", "p", "r", "--metrics", "dice, hd95").exit_code == 0
+    assert calls[0]["metrics"] == ("dice", "hd95")
+
+
+def test_compare_hands_over_all_runs_in_their_order(fake: Fake) -> None:
+    calls = fake("compare")
+    assert medseg("compare", "b", "a", "c", "--fail-if-worse").exit_code == 0
+    assert calls[0]["args"] == (["b", "a", "c"],)
+    assert calls[0]["fail_if_worse"] is True
+
+
+def test_json_is_one_object_on_stdout_and_all_else_goes_to_stderr(fake: Fake) -> None:
+    fake("train", {"run_dir": Path("runs/x"), "best": {"step": 5, "dice": {"liver": float("nan")}}, "seconds": 1.5})
+    result = medseg("train", "w.yaml", "--json")
+    expected = {"run_dir": "runs/x", "best": {"step": 5, "dice": {"liver": None}}, "seconds": 1.5}
+    assert json.loads(result.stdout) == expected
+    assert result.stdout.count("\n") == 1
+    assert result.stderr == "a library that chatters\n"
+
+
+def test_without_json_the_result_is_a_listing(fake: Fake) -> None:
+    fake("train", {"run_dir": "runs/[x]", "best": {"mean_dice": 0.98765}})
+    assert medseg("train", "w.yaml").stdout == "run_dir  runs/[x]\nbest\n  mean_dice  0.9877\n"
+
+
+def test_evaluate_prints_a_row_per_organ(fake: Fake) -> None:
+    score = {"mean": 0.9, "std": 0.05, "median": 0.9, "ci95": [0.8, 0.95], "n": 3, "n_missing": 1}
+    fake("evaluate", {"cases": 3, "mean": {"dice": 0.9}, "per_organ": {"liver": {"dice": score}}, "table": None})
+    rows = [line.split() for line in medseg("evaluate", "p", "r").stdout.splitlines()]
+    assert ["│", "liver", "│", "0.9", "±", "0.05", "[0.8,", "0.95],", "1", "missing", "│"] in rows
+
+
+@pytest.mark.parametrize(
+    ("fault", "exit_code"),
+    [
+        (WorkflowError("E-FIELD", "is missing", where="w.yaml:3:1"), 2),
+        (DataError("E-SPACING", "spacing [0, 1, 1] mm"), 2),
+        (Problems([WorkflowError("E-A", "one"), DataError("E-B", "two")]), 2),
+        (TrainingError("E-NAN", "loss is NaN"), 4),
+        (Interrupted("E-INTERRUPTED", "stopped at step 7"), 130),
+    ],
+)
+def test_a_users_fault_is_its_message_and_its_exit_code(fake: Fake, fault: Exception, exit_code: int) -> None:
+    fake("train", fault)
+    result = medseg("train", "w.yaml", "--json")
+    assert result.exit_code == exit_code
+    assert result.stderr == f"a library that chatters\n{fault}\n"
+    assert result.stdout == ""
+
+
+def test_a_long_message_is_not_wrapped(fake: Fake) -> None:
+    fake("train", WorkflowError("E-FIELD", "word " * 60 + "end", where="a/long/path.yaml"))
+    assert len(medseg("train", "w.yaml").stderr.splitlines()) == 2
+
+
+def test_an_internal_error_is_one_line_and_exit_code_4(fake: Fake) -> None:
+    fake("train", ZeroDivisionError("division by zero\nand more"))
+    result = medseg("train", "w.yaml")
+    assert result.exit_code == 4
+    assert result.stderr.splitlines()[1:] == [
+        "internal error: ZeroDivisionError: division by zero; "
+        "this is a fault of medseg: run with --debug for the traceback"
+    ]
+
+
+@pytest.mark.parametrize("arguments", [("--debug", "train", "w.yaml"), ("train", "w.yaml", "--debug")])
+def test_debug_shows_the_traceback_wherever_it_stands(fake: Fake, arguments: tuple[str, ...]) -> None:
+    fake("train", WorkflowError("E-FIELD", "is missing"))
+    result = medseg(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("E-FIELD is missing\n")
+
+
+def test_the_environment_can_ask_for_tracebacks(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDSEG_DEBUG", "1")
+    fake("train", KeyError("x"))
+    assert "Traceback (most recent call last)" in medseg("train", "w.yaml").stderr
+
+
+def test_ctrl_c_exits_with_130(fake: Fake) -> None:
+    fake("train", KeyboardInterrupt())
+    result = medseg("train", "w.yaml")
+    assert result.exit_code == 130
+    assert result.stderr.endswith("interrupted\n")
+
+
+def test_predict_exits_with_3_when_some_cases_failed(fake: Fake) -> None:
+    failed = [{"case": "a", "input": "a.nii", "error_id": "E-SPACING", "message": "spacing 0"}]
+    fake("predict", {"done": [], "failed": failed, "seconds": 1.0})
+    result = medseg("predict", "model", "a.nii", "-o", "out", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["failed"] == failed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "Missing argument"),
+        (["train", "w.yaml", "--device", "tpu"], "'tpu' is not one of"),
+        (["predict", "model", "scan.nii"], "Missing option '--output'"),
+        (["trian"], "No such command 'trian'"),
+    ],
+)
+def test_a_wrong_call_exits_with_2_and_says_why(arguments: list[str], message: str) -> None:
+    result = medseg(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_schema_describes_a_workflow(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "schema.json"
+    assert medseg("schema", "-o", str(file)).exit_code == 0
+    schema = json.loads(file.read_text())
+    assert {"data", "network", "train"} <= schema["properties"].keys()
+    assert json.loads(medseg("schema").stdout) == schema
