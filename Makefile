@@ -37,10 +37,10 @@ train: setup ## train WORKFLOW (workflows/liver.yaml); ARGS="--set train.iterati
 	$(VENV)/bin/medseg train $(WORKFLOW) $(ARGS)
 
 test: setup ## the default tests, in a few minutes on two cores
-	$(VENV)/bin/python -m pytest -n $(TESTS_AT_ONCE) $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(TESTS_AT_ONCE) --maxprocesses 8 $(ARGS)
 
 test-all: setup ## the slow tests too
-	$(VENV)/bin/python -m pytest -n $(TESTS_AT_ONCE) -m "" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(TESTS_AT_ONCE) --maxprocesses 8 -m "" $(ARGS)
 
 lint: setup ## ruff, mypy and the import contracts
 	$(VENV)/bin/ruff check .

@@ -39,6 +39,7 @@ SETTINGS: tuple[tuple[Size, Size], ...] = (
 
 
 def medseg_side(patch: Size) -> Side:
+    """The default recipe."""
     return augmentation("default", patch_size=patch, labels=Labels(names={0: "background", 1: "liver", 2: "tumour"}))
 
 
@@ -92,6 +93,7 @@ def nnunet_side(patch: Size) -> Side:
 
 
 def monai_side(patch: Size) -> Side:
+    """MONAI's transforms with nnU-Net's chances and ranges."""
     radians = float(np.pi / 6)
     keys, mode = ("image", "label"), ("bilinear", "nearest")
     rotate, scale = (radians,) * 3, ((-0.3, 0.4),) * 3
@@ -130,12 +132,14 @@ SIDES: dict[str, Callable[[Size], Side]] = {"medseg": medseg_side, "nnU-Net": nn
 
 
 def make_sample(size: Size) -> Sample:
+    """Noise, the hardest on caches and branches, with three labels."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *size, generator=generator)
     return {"image": image, "label": torch.bucketize(image, torch.tensor([0.5, 1.5])).to(torch.int16)}
 
 
 def cpu_seconds(side: Side, sample: Sample, seeds: range) -> float:
+    """CPU time for one sample a seed."""
     start = time.process_time()
     for seed in seeds:
         side(sample, seed)
@@ -160,6 +164,7 @@ def peak_mb(side: Side, sample: Sample, seeds: range) -> float:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--samples", type=int, default=40, help="a round, each with its own draw; small patches take more"
@@ -174,7 +179,7 @@ def main() -> None:
                 sides[name] = make(patch)
             except ImportError as error:
                 print(f'{name} is left out ({error}); install it with: pip install -e ".[bench]"')
-        peaks = {name: peak_mb(side, sample, range(10)) for name, side in sides.items()}
+        peaks = {name: peak_mb(side, sample, range(30)) for name, side in sides.items()}
         count = options.samples * max(1, min(10, 96**3 // int(np.prod(patch))))
         for side in sides.values():
             cpu_seconds(side, sample, range(20))  # warm up; nnU-Net chooses its blur by trial
@@ -190,7 +195,6 @@ def main() -> None:
         ours = median(seconds["medseg"])
         for name, times in seconds.items():
             rates = sorted(count / t for t in times)
-            # A round's seeds draw different work for different sides; their ratio is that of the medians.
             ratio = median(times) / ours
             print(
                 f"{name:10s} {median(rates):10.1f} {rates[0]:6.1f} – {rates[-1]:6.1f} {ratio:19.2f}× {peaks[name]:8.0f}"

@@ -1,53 +1,26 @@
-"""The command line: arguments to one verb, its result to a table or JSON, its fault to one message."""
+"""The command line: arguments to one verb."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from medseg import __version__
-from medseg.display import console
-from medseg.errors import MedsegError
-from medseg.results import described, evaluation_table, parts_table, print_result
+from medseg.outcome import (
+    SOME_CASES_FAILED,
+    OneMessage,
+    described,
+    evaluation_table,
+    parts_table,
+    print_result,
+    stdout_kept_free,
+)
 
 # Nothing above loads torch, MONAI or MLflow, and verbs are imported where they are called: `--help` is instant.
-
-INTERNAL_ERROR = 4
-SOME_CASES_FAILED = 3
-INTERRUPTED = 130
-
-
-class OneMessage(TyperGroup):
-    """Runs a command so that a fault ends in one message on stderr and the exit code that belongs to it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take ``--debug`` anywhere: people append it to the command that has just failed."""
-        if "--debug" in args:
-            args = ["--debug", *(argument for argument in args if argument != "--debug")]
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, typer.TyperException):
-            raise  # typer's own: --help, or a usage error, which it prints and exits 2 with
-        except KeyboardInterrupt:
-            _fail("interrupted", INTERRUPTED, debug=ctx.params["debug"])
-        except MedsegError as error:
-            _fail(str(error), error.exit_code, debug=ctx.params["debug"])
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
-            message = f"internal error: {found}; this is a fault of medseg: run with --debug for the traceback"
-            _fail(message, INTERNAL_ERROR, debug=ctx.params["debug"])
-
 
 app = typer.Typer(
     cls=OneMessage,
@@ -67,7 +40,7 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 TrackingUri = Annotated[
     str | None,
-    typer.Option("--tracking-uri", help="MLflow store.  [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]"),
+    typer.Option("--uri", help="MLflow store.  [default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db]"),
 ]
 
 
@@ -107,7 +80,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model as a workflow says, with its run in MLflow."""
-    with _stdout_kept_free():
+    with stdout_kept_free():
         from medseg.train import train
 
         result = train(
@@ -143,11 +116,11 @@ def predict(
     resume: Annotated[bool, typer.Option("--resume", help="Skip what an earlier call finished.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what stands in the output folder.")] = False,
     dry_run: DryRun = False,
-    tracking_uri: TrackingUri = None,
+    uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
     """Segment scans on their own grid."""
-    with _stdout_kept_free():
+    with stdout_kept_free():
         from medseg.predict import predict
 
         result = predict(
@@ -164,7 +137,7 @@ def predict(
             resume=resume,
             force=force,
             dry_run=dry_run,
-            tracking_uri=tracking_uri,
+            tracking_uri=uri,
         )
     print_result(result, as_json)
     if result.get("failed"):
@@ -186,7 +159,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Compare segmentations with references, per case and organ."""
-    with _stdout_kept_free():
+    with stdout_kept_free():
         from medseg.evaluate import evaluate
 
         result = evaluate(
@@ -206,7 +179,7 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run folders or MLflow run ids.")],
     *,
     metric: Annotated[str, typer.Option(help="What to compare by.")] = "dice",
-    tracking_uri: TrackingUri = None,
+    uri: TrackingUri = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the tables.")] = None,
     fail_if_worse: Annotated[
         bool, typer.Option("--fail-if-worse", help="Fail if a run is worse than the first, with confidence.")
@@ -214,10 +187,10 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs case by case, with statistics."""
-    with _stdout_kept_free():
+    with stdout_kept_free():
         from medseg.compare import compare
 
-        result = compare(runs, metric=metric, tracking_uri=tracking_uri, output=output, fail_if_worse=fail_if_worse)
+        result = compare(runs, metric=metric, tracking_uri=uri, output=output, fail_if_worse=fail_if_worse)
     print_result(result, as_json)
 
 
@@ -229,7 +202,7 @@ def nets(
     as_json: AsJson = False,
 ) -> None:
     """List the networks."""
-    with _stdout_kept_free():
+    with stdout_kept_free():
         from medseg.nets import NETS
     entries = NETS if name is None else {name: NETS[name]}
     chosen = {key: entry for key, entry in entries.items() if spatial_dims in (None, *entry.spatial_dims)}
@@ -239,7 +212,7 @@ def nets(
 @app.command()
 def losses(*, as_json: AsJson = False) -> None:
     """List the losses."""
-    with _stdout_kept_free():
+    with stdout_kept_free():
         from medseg.losses import LOSSES
     print_result(described(LOSSES), as_json, parts_table)
 
@@ -247,7 +220,7 @@ def losses(*, as_json: AsJson = False) -> None:
 @app.command()
 def metrics(*, as_json: AsJson = False) -> None:
     """List the metrics."""
-    with _stdout_kept_free():
+    with stdout_kept_free():
         from medseg.metrics import METRICS
     print_result(described(METRICS), as_json, parts_table)
 
@@ -261,7 +234,7 @@ def phantom(
     as_json: AsJson = False,
 ) -> None:
     """Make synthetic abdominal CTs with exact labels, and their manifest."""
-    with _stdout_kept_free():
+    with stdout_kept_free():
         from medseg.data_tools import make_phantom
 
         result = make_phantom(folder, num_cases=cases, seed=seed)
@@ -288,47 +261,37 @@ def schema(
 @app.command()
 def ui(
     *,
-    tracking_uri: TrackingUri = None,
+    uri: TrackingUri = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; anyone who reaches it can read the runs.")
+        str, typer.Option(help="Address to listen on; others than this machine's own need --auth.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 5000,
+    auth: Annotated[bool, typer.Option("--auth", help="Ask for users and passwords; needs mlflow[auth].")] = False,
 ) -> None:
     """Open MLflow's pages on this project's runs; Ctrl-C ends it."""
-    from medseg.tracking.mlflow_tracker import serve_ui
+    from medseg.tracking.runs import serve_ui
 
-    serve_ui(tracking_uri, host, port)
+    raise typer.Exit(serve_ui(uri, host, port, auth=auth))
 
 
 @app.command()
-def sync(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")], *, as_json: AsJson = False) -> None:
+def sync(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    *,
+    uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
     """Send what a tracking server missed while it was away."""
-    with _stdout_kept_free():
+    with stdout_kept_free():
         from medseg.tracking.mlflow_tracker import sync
 
-        sent = sync(run)
+        sent = sync(run, uri=uri)
     print_result({"run_dir": run, "sent": sent}, as_json)
 
 
 def main() -> None:
     """Entry point of the ``medseg`` command."""
     app()
-
-
-def _fail(message: str, exit_code: int, *, debug: bool) -> None:
-    """Print a message (within an ``except``: the traceback before it, if asked for) and leave."""
-    people = console()
-    if debug:
-        people.print_exception(width=None)
-    people.print(message, style="red", markup=False, soft_wrap=True)
-    raise typer.Exit(exit_code)
-
-
-@contextmanager
-def _stdout_kept_free() -> Iterator[None]:
-    """Send what libraries print to stderr: stdout carries the result and nothing else."""
-    with redirect_stdout(sys.stderr):
-        yield
 
 
 if __name__ == "__main__":

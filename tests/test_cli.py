@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -99,7 +100,7 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
     calls = fake("predict", {"done": [], "failed": [], "seconds": 0.0})
     result = medseg(
         "predict", "models:/liver@best", "a.nii.gz", "b", "-o", "out", "--format", "mha", "--split", "test",
-        "--overlap", "0.25", "--tta", "--probabilities", "--workers", "3", "--force", "--tracking-uri", "http://x",
+        "--overlap", "0.25", "--tta", "--probabilities", "--workers", "3", "--force", "--uri", "http://x",
     )  # fmt: skip
     assert result.exit_code == 0
     assert calls == [
@@ -141,6 +142,12 @@ def test_json_is_one_object_on_stdout_and_all_else_goes_to_stderr(fake: Fake) ->
     assert json.loads(result.stdout) == expected
     assert result.stdout.count("\n") == 1
     assert result.stderr == "a library that chatters\n"
+
+
+def test_json_knows_numpys_numbers_and_has_null_for_what_json_lacks(fake: Fake) -> None:
+    numbers = [np.int64(3), np.float32(0.5), np.float64("inf"), True, None, Path("x")]
+    fake("train", {"numbers": numbers})
+    assert json.loads(medseg("train", "w.yaml", "--json").stdout) == {"numbers": [3, 0.5, None, True, None, "x"]}
 
 
 def test_without_json_the_result_is_a_listing(fake: Fake) -> None:
@@ -232,6 +239,43 @@ def test_a_wrong_call_exits_with_2_and_says_why(arguments: list[str], message: s
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_ui_exits_as_the_server_does(fake: Fake) -> None:
+    calls = fake("serve_ui", 7, module="medseg.tracking.runs")
+    assert medseg("ui", "--uri", "sqlite:///x.db", "--port", "5001").exit_code == 7
+    assert calls == [{"args": ("sqlite:///x.db", "127.0.0.1", 5001), "auth": False}]
+
+
+def test_sync_says_how_much_it_sent(fake: Fake) -> None:
+    fake("sync", 12, module="medseg.tracking.mlflow_tracker")
+    assert json.loads(medseg("sync", "runs/x", "--json").stdout) == {"run_dir": "runs/x", "sent": 12}
+
+
+def test_nets_lists_names_papers_and_uses() -> None:
+    listed = json.loads(medseg("nets", "--json").stdout)
+    assert listed["unet"]["title"] == "U-Net"
+    assert all(entry["paper"] and entry["good_for"] for entry in listed.values())
+    assert json.loads(medseg("nets", "unet", "--json").stdout) == {"unet": listed["unet"]}
+    assert "U-Net" in medseg("nets").stdout
+
+
+def test_nets_of_an_unknown_name_suggests_the_close_one() -> None:
+    result = medseg("nets", "unte")
+    assert result.exit_code == 2
+    assert "did you mean 'unet'?" in result.stderr
+
+
+def test_losses_lists_names_papers_and_uses() -> None:
+    listed = json.loads(medseg("losses", "--json").stdout)
+    assert {"dice", "cross_entropy"} <= listed.keys()
+    assert all(entry["good_for"] for entry in listed.values())
+
+
+def test_phantom_makes_a_data_set(tmp_path: Path) -> None:
+    result = medseg("data", "phantom", str(tmp_path / "set"), "--cases", "1", "--json")
+    assert json.loads(result.stdout) == {"manifest": str(tmp_path / "set" / "dataset.json"), "cases": 1}
+    assert (tmp_path / "set" / "images" / "case_000.nii.gz").exists()
 
 
 def test_schema_describes_a_workflow(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -84,6 +85,13 @@ def test_every_workflow_opens_with_its_command_and_expected_dice(path: Path) -> 
     opening = "\n".join(comment)
     assert f"medseg train workflows/{path.name}" in opening or "make train" in opening
     assert "Dice" in opening
+
+
+def test_the_schema_beside_the_workflows_is_todays() -> None:
+    from medseg.workflow import json_schema
+
+    written = json.loads((ROOT / "workflows" / "schema.json").read_text())
+    assert written == json_schema(), "run: medseg schema -o workflows/schema.json"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data_manifests").glob("*.json")), ids=relative)

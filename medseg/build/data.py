@@ -100,9 +100,11 @@ def preprocessing(workflow: Workflow, source: Manifest, training: Sequence[Case]
     with workflow.blamed("data", "spacing_mm"):
         spacing_mm = _spacing(workflow, plain, training)
     if any(c.normalize == "foreground" for c in intensity):
-        statistics = foreground_statistics([(case.images, case.label) for case in training], plain)
+        statistics = foreground_statistics(
+            [(case.images, case.label) for case in training], plain, ignore_label=source.labels.ignore_label
+        )
     else:
-        statistics = [(None, None)] * len(intensity)
+        statistics = ((0.0, 1.0),) * len(intensity)
     numbers = tuple(
         Intensity(c.clip, c.normalize, *(known if c.normalize == "foreground" else (None, None)))
         for c, known in zip(intensity, statistics, strict=True)
@@ -141,7 +143,7 @@ def _cache_folder(workflow: Workflow) -> Path:
 
 
 def _make_phantoms(source: Manifest) -> None:
-    total = len(source.training) + len(source.test)
+    assert source.phantom
     with progress_bar() as bar:
-        task = bar.add_task("making phantom cases", total=total)
-        phantom.make_cases(source.root, source=source.source, on_case=lambda: bar.advance(task))
+        task = bar.add_task("making phantom cases", total=source.phantom.get("cases"))
+        phantom.make_cases(source.root, spec=source.phantom, on_case=lambda: bar.advance(task))

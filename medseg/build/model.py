@@ -45,13 +45,6 @@ class Hardware:
         return self.device
 
 
-def has_bf16(accelerator: str) -> bool:
-    """Whether bf16 is computed by the hardware (emulated, it is slower than fp32)."""
-    if accelerator == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def specification(workflow: Workflow, data: TrainingData, provenance: Mapping[str, Any]) -> ModelSpec:
     """Everything about the model but its weights."""
     return ModelSpec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -14,11 +15,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from medseg.build.data import TrainingData
-from medseg.build.model import Hardware, find_model, has_bf16, network, specification
+from medseg.build.model import Hardware, find_model, network, specification
 from medseg.data.augment import Augmentation, augmentation
 from medseg.data.dataset import CachedCase, PatchDataset, StepSampler, patch_loader
 from medseg.data.manifest import expand_variables
 from medseg.errors import WorkflowError
+from medseg.inference.predictor import SLICES_AT_ONCE, has_bf16
 from medseg.inference.sliding_window import sliding_window
 from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
 from medseg.metrics import METRICS
@@ -29,7 +31,7 @@ from medseg.reporting.overlay import contour_picture
 from medseg.tracking.mlflow_tracker import MlflowTracker
 from medseg.training import optim
 from medseg.training.run_folder import RunFolder
-from medseg.training.trainer import Observer, Settings, Tracker, Trainer
+from medseg.training.trainer import Observer, Settings, Target, Tracker, Trainer
 from medseg.training.validator import Validator
 from medseg.workflow import Ramp as RampChoice
 from medseg.workflow import Workflow
@@ -54,6 +56,7 @@ def trainer(
         _unwrapped(net).check_size(options.patch_size)
     with workflow.blamed("init"):
         _start_from(workflow, net)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on the console
     fabric = Fabric(accelerator=hardware.accelerator, devices=hardware.devices, precision=_precision(workflow, hardware))
     if hardware.devices > 1:
         fabric.launch()
@@ -73,8 +76,8 @@ def trainer(
         optimizer=optimizer,
         rate=_rate(workflow),
         batches=_batches(workflow, data, spec, fabric),
-        target=data.labels.target,
-        validate=validator(workflow, data, spec, fabric),
+        target=_target(workflow, data),
+        validate=validator(workflow, data, spec, hardware),
         settings=Settings(
             iterations=options.iterations,
             validate_every=options.validate_every,
@@ -111,7 +114,7 @@ def loss(workflow: Workflow, net: nn.Module) -> nn.Module:
     return summed
 
 
-def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fabric) -> Validator:
+def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, hardware: Hardware) -> Validator:
     """Scores a network on the held-out cases, on the preprocessed grid."""
     chosen = workflow.validate_
     for name in chosen.metrics:
@@ -119,9 +122,13 @@ def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: F
             METRICS[name]
     window = replace(spec.window, overlap=chosen.overlap, mirror_axes=())
 
+    autocast = torch.bfloat16 if _precision(workflow, hardware) == "bf16-mixed" else None
+    batch_size = SLICES_AT_ONCE if spec.spatial_dims == 2 else 1
+
     def segment(net: nn.Module, image: Tensor) -> Tensor:
-        with fabric.autocast():
-            return sliding_window(image, net, window, num_outputs=data.labels.num_outputs)
+        return sliding_window(
+            image, net, window, num_outputs=data.labels.num_outputs, batch_size=batch_size, autocast=autocast
+        )
 
     def draw(case: CachedCase, predicted: Any, title: str) -> Any:
         return contour_picture(
@@ -136,7 +143,7 @@ def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: F
     cases = data.validation
     if len(cases) > chosen.max_cases:  # evenly spread, the same ones each time
         cases = [cases[n] for n in np.linspace(0, len(cases) - 1, chosen.max_cases).round().astype(int)]
-    return Validator(cases, data.labels, segment=segment, draw=draw, unions=chosen.unions, device=fabric.device)
+    return Validator(cases, data.labels, segment=segment, draw=draw, unions=chosen.unions, device=torch.device(hardware.accelerator))
 
 
 def tracker(
@@ -192,6 +199,13 @@ def _batches(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fa
         return patch_loader(dataset, sampler, workers=workers, pin_memory=fabric.device.type == "cuda")
 
     return batches
+
+
+def _target(workflow: Workflow, data: TrainingData) -> Target:
+    context, axis = workflow.data.context_slices, workflow.data.slice_axis + 2
+    if len(workflow.train.patch_size) == 3 or not context:
+        return data.labels.target
+    return lambda label: data.labels.target(label.narrow(axis, context, 1))  # the slice between its neighbors
 
 
 def _augmentation(workflow: Workflow, data: TrainingData, spec: ModelSpec) -> Augmentation:

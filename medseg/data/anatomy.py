@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medseg.data import tissues
-from medseg.data.solids import EVERYWHERE, Array, Point, Solid, ellipsoid, merged, trunk, tube
+from medseg.data.solids import EVERYWHERE, Array, Point, Solid, bent_tube, ellipsoid, merged, trunk, tube
 from medseg.data.tissues import PHASES, Enhancement, Tissue
 
 ORGANS = (
@@ -36,7 +36,7 @@ ORGANS = (
 
 SKIN_MM = 2.0
 MUSCLE_WALL = (142.0, 98.0)  # semi-axes, along x and y
-CAVITY = (130.0, 84.0)
+CAVITY = (126.0, 83.0)
 CAVITY_Y = 8.0
 VERTEBRA_PITCH_MM = 34.0
 RIB_PITCH_MM = 27.0
@@ -87,7 +87,8 @@ def patient(seed: int) -> Patient:
     """The individual of a seed."""
     rng = keyed_rng(seed, "habitus")
     phase = str(rng.choice(list(PHASES), p=(0.25, 0.2, 0.55)))
-    means = {name: hu * rng.normal(1, 0.03) for name, hu in vars(PHASES[phase]).items()}
+    level = rng.normal(1, 0.04)
+    means = {name: hu * level * rng.normal(1, 0.015) for name, hu in vars(PHASES[phase]).items()}
     hu = Enhancement(**means)
     fat_mm = rng.uniform(8, 28)
     wide, deep = MUSCLE_WALL[0] + fat_mm, MUSCLE_WALL[1] + 0.8 * fat_mm
@@ -96,8 +97,9 @@ def patient(seed: int) -> Patient:
     covers = [*_kidneys(seed, hu), *_stomach(seed, hu), *_gallbladder(seed)]
     parts = [
         *_trunk_wall(wide, deep, hu),
-        Part(_CAVITY.grown(-1).within(thorax.grown(3)), tissues.muscle(hu.muscle)),
-        Part(liver, tissues.parenchyma(hu.liver, coarse=7), ORGANS.index("liver")),
+        Part(_CAVITY.within(thorax.grown(3)), tissues.muscle(hu.muscle)),  # the diaphragm: what the next leaves of it
+        Part(_CAVITY.within(thorax), tissues.fat()),
+        Part(liver, tissues.parenchyma(hu.liver, coarse=8), ORGANS.index("liver")),
         *_liver_vessels(seed, hu),
         *_tumors(seed, hu, liver.without(thorax, *[part.solid for part in covers])),
         *_spleen(seed, hu, thorax),
@@ -113,9 +115,11 @@ def patient(seed: int) -> Patient:
 
 
 def _trunk_wall(wide: float, deep: float, hu: Enhancement) -> Iterator[Part]:
-    yield Part(trunk(wide, deep), tissues.parenchyma(15, coarse=10))  # skin
-    yield Part(trunk(wide - SKIN_MM, deep - SKIN_MM), tissues.fat(strands=50))
-    yield Part(trunk(*MUSCLE_WALL), tissues.muscle(hu.muscle))
+    body = trunk(wide, deep).without(ellipsoid((0, -deep - 8, 0), (34, 12, math.inf)))  # the groove of the back
+    muscles = trunk(*MUSCLE_WALL).without(ellipsoid((0, -MUSCLE_WALL[1] - 3, 0), (13, 9, math.inf)))
+    yield Part(body, tissues.parenchyma(15, coarse=10))  # skin
+    yield Part(body.grown(-SKIN_MM), tissues.fat(strands=50))
+    yield Part(muscles, tissues.muscle(hu.muscle, layers_mm=(4.0, 8.5)))
     yield Part(_CAVITY, tissues.fat(strands=130))
 
 
@@ -131,8 +135,8 @@ def _above_diaphragm(seed: int) -> Solid:
         lowest: Array | None = None
         for x0, top, half_width in domes:
             square = np.square((x - x0) / half_width) + np.square(front) + np.square(back)
-            fall = 70 * square * square
-            slope = 4 * 70 * square * np.sqrt(square) / half_width
+            fall = square * (22 + 48 * square)
+            slope = np.sqrt(square) * (44 + 192 * square) / half_width
             above = (z - top + fall) / np.sqrt(1 + slope * slope)
             lowest = above if lowest is None else np.minimum(lowest, above)
         assert lowest is not None
@@ -146,9 +150,9 @@ def _liver(seed: int, thorax: Solid) -> Solid:
     size = rng.normal(1, 0.05)
     tip = rng.uniform(-75, -40)
     lobes = merged(
-        ellipsoid(_near(rng, (68, 0, 36), 3), np.multiply((70, 84, 70), size)),
+        ellipsoid(_near(rng, (66, 0, 42), 3), np.multiply((74, 90, 76), size)),
         ellipsoid(_near(rng, (4, 48, 62), 4), np.multiply((rng.uniform(58, 78), 38, 32), size), turn_degrees=-8),
-        tube([(90, -8, 10), (102, -6, tip)], [36, 16]),
+        tube([(88, -8, 10), (100, -6, tip)], [40, 21]),
         blend_mm=14,
     )
     porta = ellipsoid(_near(rng, (4, -8, -12), 3), (48, 50, 52))  # the hollow under which the gut lies
@@ -196,7 +200,7 @@ def _tumors(seed: int, hu: Enhancement, room: Solid) -> Iterator[Part]:
         radius = float(np.exp(rng.uniform(np.log(6), np.log(20))))
         center = _place(rng, room, radius)
         lobules = [ellipsoid(_near(rng, center, 0.35 * radius), radius * rng.uniform(0.7, 1, 3)) for _ in range(3)]
-        contrast = rng.uniform(16, 34) if rng.random() < 0.3 else -rng.uniform(22, 40)
+        contrast = rng.uniform(16, 34) if rng.random() < 0.3 else -rng.uniform(24, 46)
         look = tissues.lesion(
             hu.liver + contrast, rim=rng.uniform(-8, 14), core=rng.uniform(-20, 0), radius_mm=radius
         )
@@ -254,11 +258,11 @@ def _stomach(seed: int, hu: Enhancement) -> Iterator[Part]:
     points = [(-60, -26, 60), (-72, 2, 44), (-66, 36, 18), (-32, 54, -6), (8, 48, -10), (30, 34, -4)]
     points = [_near(rng, point, 3) for point in points]
     radii = np.multiply((33, 34, 29, 21, 16, 10), fullness)
-    outer = tube(points, list(radii)).within(_CAVITY.grown(1.5))
+    outer = bent_tube(points, list(radii)).within(_CAVITY.grown(1.5))
     organ = ORGANS.index("stomach")
     yield Part(outer, tissues.parenchyma(hu.gut_wall, coarse=6), organ)
-    content = tissues.filled(rng.uniform(12, 75), level=rng.uniform(28, 55), chyme=rng.uniform(2, 14))
-    yield Part(tube(points, list(radii - rng.uniform(4, 6))).within(_CAVITY.grown(-3)), content, organ)
+    content = tissues.filled(float(rng.choice([15, hu.gut_wall - 8])) + rng.uniform(-5, 15), level=rng.uniform(28, 55), chyme=rng.uniform(2, 14))
+    yield Part(bent_tube(points, list(radii - rng.uniform(4, 6))).within(_CAVITY.grown(-3)), content, organ)
 
 
 def _gallbladder(seed: int) -> Iterator[Part]:
@@ -270,10 +274,10 @@ def _gallbladder(seed: int) -> Iterator[Part]:
 
 
 def _pancreas(hu: Enhancement) -> Iterator[Part]:
-    duodenum = tube([(32, 34, -4), (50, 14, -12), (48, 4, -48), (10, -2, -60), (-20, 6, -48)], [11, 13, 13, 12, 11])
+    duodenum = bent_tube([(32, 34, -4), (50, 14, -12), (48, 4, -48), (10, -2, -60), (-20, 6, -48)], [11, 13, 13, 12, 11])
     yield Part(duodenum, tissues.parenchyma(hu.gut_wall, coarse=8, fine=8))
     yield Part(duodenum.grown(-4), tissues.parenchyma(22, coarse=10, fine=8))
-    gland = tube([(34, 10, -30), (26, 14, -8), (-4, 24, 4), (-46, 8, 14), (-86, -18, 24)], [12, 13, 8, 9, 8])
+    gland = bent_tube([(34, 10, -30), (26, 14, -8), (-4, 24, 4), (-46, 8, 14), (-86, -18, 24)], [12, 13, 8, 9, 8])
     look = tissues.muscle(hu.pancreas)  # lobules with fat in between
     yield Part(gland, look, ORGANS.index("pancreas"))
     for points, radii in (
@@ -287,21 +291,21 @@ def _bowel(seed: int, hu: Enhancement) -> Iterator[Part]:
     rng = keyed_rng(seed, "bowel")
     wall = tissues.parenchyma(hu.gut_wall, coarse=8, fine=6)
     liquid = float(rng.choice([18.0, 60.0, 130.0], p=(0.6, 0.25, 0.15)))  # water, porridge, oral contrast agent
-    for _ in range(7):
-        low, high = (-75, 15, -135), (70, 80, -30)
+    for _ in range(int(rng.uniform(9, 16))):
+        low, high = (-88, 8, -150), (74, 78, -28)
         points = [rng.uniform(low, high)]
         for _ in range(5):
-            points.append((points[-1] + rng.normal(0, 26, 3)).clip(low, high))
-        loop = tube(points, list(rng.uniform(9, 13, len(points))))
+            points.append((points[-1] + rng.normal(0, 28, 3)).clip(low, high))
+        loop = bent_tube(points, list(rng.uniform(9, 15, len(points)))).within(_CAVITY.grown(1))
         yield Part(loop, wall)
-        yield Part(loop.grown(-3), tissues.filled(liquid, level=rng.uniform(55, 90), chyme=12))
+        yield Part(loop.grown(-2.5), tissues.filled(liquid, level=rng.uniform(55, 90), chyme=12))
     colon = (
         ([(106, 0, -170), (102, 6, -84), (84, 40, -62), (46, 66, -52)], [25, 25, 20, 17]),
         ([(46, 66, -52), (0, 74, -60), (-58, 66, -34), (-106, 22, -2)], [17, 16, 17, 18]),
         ([(-106, 22, -2), (-117, -18, -30), (-114, -16, -170)], [18, 14, 14]),
     )
     for points, radii in colon:
-        section = tube([_near(rng, point, 3) for point in points[:-1]] + [points[-1]], radii)
+        section = bent_tube([_near(rng, point, 3) for point in points[:-1]] + [points[-1]], radii)
         yield Part(section.within(_CAVITY.grown(1)), wall)
         yield Part(section.grown(-3).within(_CAVITY.grown(-2)), tissues.stool())
 
@@ -312,15 +316,15 @@ def _back(hu: Enhancement) -> Iterator[Part]:
         yield Part(tube([(side * 18, -46, 26), (side * 30, -44, -40), (side * 50, -40, -150)], [6, 16, 27]), flesh)
         yield Part(tube([(side * 46, -68, 12), (side * 66, -66, -120)], [8, 14]), flesh)
         yield Part(tube([(side * 13, -28, 70), (side * 12, -32, 0), (side * 10, -36, -40)], [6, 8, 4]), flesh)  # crus
-        lamina = ellipsoid((side * 5, -77, 0), (24, 11, math.inf))
+        lamina = ellipsoid((side * 5, -76, 0), (14, 11, math.inf))
         yield Part(_repeated(lamina.within(ellipsoid((0, 0, 0), (400, 400, 13)))), tissues.bone(cortex_mm=3))
-        transverse = tube([(side * 16, -70, 2), (side * 44, -78, 4)], [6, 4])
+        transverse = tube([(side * 14, -72, 2), (side * 36, -80, 4)], [4, 3])
         yield Part(_repeated(transverse), tissues.bone())
     spine = ORGANS.index("spine")
     yield Part(ellipsoid((0, -49, 0), (22, 17, math.inf)), tissues.parenchyma(82, coarse=4), spine)  # discs
     vertebra = ellipsoid((0, -49, 0), (23, 18, math.inf)).within(_slice_of(13.5))
     yield Part(_repeated(vertebra), tissues.bone(), spine)
-    yield Part(_repeated(tube([(0, -86, -4), (0, -108, -10)], [4, 5])), tissues.bone(), spine)
+    yield Part(_repeated(tube([(0, -86, -2), (0, -98, -8)], [3.5, 4])), tissues.bone(), spine)
     yield Part(ellipsoid((0, -74, 0), (10, 8.5, math.inf)), tissues.parenchyma(32, coarse=2), spine)  # canal
 
 
@@ -350,15 +354,17 @@ def _great_vessels(hu: Enhancement) -> Iterator[Part]:
 
 def _chest(hu: Enhancement, thorax: Solid) -> Iterator[Part]:
     mediastinum = ellipsoid((-2, -36, 0), (34, 34, math.inf))
+    front = ellipsoid((-8, 92, 0), (34, 44, math.inf))
     pleura = _CAVITY.grown(-1.5)
     for side, name in ((1, "right lung"), (-1, "left lung")):
         half = Solid(lambda x, y, z, side=side: side * x - 3)
-        yield Part(thorax.within(pleura, half).without(mediastinum), tissues.lung(), ORGANS.index(name))
+        yield Part(thorax.within(pleura, half).without(mediastinum, front), tissues.lung(), ORGANS.index(name))
     heart = ellipsoid((-24, 30, 124), (62, 46, 42), turn_degrees=-30)
     yield Part(heart.grown(5).within(pleura), tissues.fat())
     blood = max(hu.veins, 0.8 * hu.arteries)
-    yield Part(heart.within(pleura), tissues.parenchyma(hu.muscle + 25, coarse=3))
-    yield Part(heart.grown(-11), tissues.parenchyma(blood, coarse=3))
+    yield Part(heart.within(pleura), tissues.parenchyma(0.8 * hu.muscle + 0.2 * blood, coarse=3))
+    for chamber in (ellipsoid((-44, 22, 126), (32, 27, 30), turn_degrees=-35), ellipsoid((6, 38, 122), (30, 28, 32))):
+        yield Part(chamber.within(heart.grown(-4)), tissues.parenchyma(blood, coarse=3))
     yield Part(tube([(22, -2, 112), (24, -12, 84)], [13, 13]), tissues.parenchyma(hu.veins), ORGANS.index("vena cava"))
     gullet = tube([(-6, -8, 220), (-10, -6, 92), (-34, -10, 72), (-56, -18, 62)], [9, 9, 9, 9])
     yield Part(gullet, tissues.parenchyma(hu.gut_wall - 20))

@@ -43,7 +43,9 @@ Patch = dict[str, Any]
 class Augment(Protocol):
     """What turns a read patch into a training sample; see `medseg.data.augment`."""
 
-    source_size: tuple[int, ...]
+    patch_size: tuple[int, ...]
+
+    def source_size_for(self, seed: int) -> tuple[int, ...]: ...
 
     def __call__(self, sample: Patch, seed: int) -> Patch: ...
 
@@ -138,6 +140,10 @@ class CaseCache:
             self._write(case, folder)
         return CachedCase(case.id, folder, self.in_memory)
 
+    def hash_of(self, file: Path) -> str:
+        """sha256 of a file, computed once for each of its versions."""
+        return file_hash(file, self.folder / "hashes")
+
     def _attempt(self, case: Case) -> CachedCase | MedsegError:
         try:
             return self.case(case)
@@ -148,7 +154,7 @@ class CaseCache:
 
     def _key(self, case: Case) -> str:
         parts = [
-            *[file_hash(file, self.folder / "hashes") for file in case.files],
+            *[self.hash_of(file) for file in case.files],
             json.dumps(self.preprocessing.to_dict(), sort_keys=True),
             json.dumps([sorted(self.labels.names), self.labels.ignore_label]),
             str(CACHE_FORMAT),
@@ -199,11 +205,10 @@ class PatchDataset(Dataset[Patch]):
             generator = np.random.default_rng([self.seed, index])
             case = self.cases[int(generator.integers(len(self.cases)))]
             center = self._center(case, index, generator)
-            sample: Patch = {
-                "image": read_patch(case.image, center, self.augment.source_size).astype(np.float32),
-                "label": read_patch(case.label, center, self.augment.source_size),
-            }
-            sample = self.augment(sample, int(generator.integers(2**63)))
+            seed = int(generator.integers(2**63))
+            size = self.augment.source_size_for(seed)  # a rotated patch needs more around it
+            sample = {"image": read_patch(case.image, center, size), "label": read_patch(case.label, center, size)}
+            sample = self.augment(sample, seed)
         finally:
             torch.set_num_threads(threads)
         return {**sample, "case": case.id}
@@ -218,7 +223,7 @@ class PatchDataset(Dataset[Patch]):
             center = voxels[int(generator.integers(len(voxels)))]
         else:
             center = generator.integers(shape)
-        return inside(center, shape, self.augment.source_size)
+        return inside(center, shape, self.augment.patch_size)
 
 
 class StepSampler(Sampler[list[int]]):
@@ -292,9 +297,9 @@ def absent_labels(cases: Iterable[CachedCase], labels: Labels) -> list[str]:
 
 def _save(prepared: Prepared, folder: Path, labels: Labels) -> None:
     assert prepared.label is not None
-    image = prepared.image.astype(np.float16)
-    if not np.isfinite(image).all():  # beyond 65504: kept whole rather than cut
-        image = prepared.image
+    image = prepared.image
+    if np.abs(image).max(initial=0) <= np.finfo(np.float16).max:  # values beyond are kept whole rather than cut
+        image = image.astype(np.float16)
     label = prepared.label.astype(np.uint8 if prepared.label.max(initial=0) <= 255 else np.int16)
     np.save(folder / "image.npy", image)
     np.save(folder / "label.npy", label)

@@ -130,8 +130,8 @@ def _vote(label: Tensor, shape: Sequence[int]) -> Tensor:
         result[index] = around[0]
         row, column = (around[1:] != around[:1]).any(0).nonzero(as_tuple=True)  # elsewhere all eight agree
         voters = around[:, row, column]  # (8, N)
-        weights = torch.einsum(
-            "d,rn,cn->drcn", depth.weights[:, index], rows.weights[:, row], columns.weights[:, column]
+        weights = (  # (2, 2, 2, N), in the order of the corners
+            depth.weights[:, index, None, None, None] * rows.weights[:, row][:, None] * columns.weights[:, column]
         )
         votes = (weights.reshape(1, 8, -1) * (voters[:, None] == voters[None])).sum(1)  # (8, N)
         result[index, row, column] = voters.gather(0, votes.argmax(0, keepdim=True))[0]

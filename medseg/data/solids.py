@@ -126,6 +126,15 @@ def trunk(half_width: float, half_depth: float, *, y: float = 0.0) -> Solid:
     return Solid(depth, (-half_width * 1.1, y - half_depth * 1.1, -math.inf), (half_width * 1.1, y + half_depth * 1.1, math.inf))
 
 
+def bent_tube(points: Sequence[Point], radii: Sequence[float]) -> Solid:
+    """A tube whose bends are rounded: each corner is cut at a quarter of its sides, twice."""
+    course = np.column_stack([np.asarray(points, np.float64), radii])
+    for _ in range(2):
+        cut = np.stack([0.75 * course[:-1] + 0.25 * course[1:], 0.25 * course[:-1] + 0.75 * course[1:]], axis=1)
+        course = np.concatenate([course[:1], cut.reshape(-1, 4)[1:-1], course[-1:]])
+    return tube(list(course[:, :3]), [float(r) for r in course[:, 3]])
+
+
 @dataclass(frozen=True, eq=False)
 class SmoothField:
     """A random smooth function of space with mean 0 and standard deviation 1, without end (it repeats after 48 nodes).
@@ -184,7 +193,7 @@ def _smooth_maximum(a: Array, b: Array, blend_mm: float) -> Array:
 def _piece_depth(x: Array, y: Array, z: Array, start: Point, end: Point, r0: float, r1: float) -> Array:
     axis = np.subtract(end, start)
     ax, ay, az = (float(a) for a in axis)
-    px, py, pz = x - start[0], y - start[1], z - start[2]
+    px, py, pz = (p - float(p0) for p, p0 in zip((x, y, z), start, strict=True))
     t = ((px * ax + py * ay + pz * az) / float(axis @ axis + 1e-9)).clip(0, 1)
     distance = np.sqrt(np.square(px - t * ax) + np.square(py - t * ay) + np.square(pz - t * az))
     return r0 + t * (r1 - r0) - distance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -57,9 +57,9 @@ class Enhancement:
 
 
 PHASES: Mapping[str, Enhancement] = {
-    "unenhanced": Enhancement(56, 54, 49, 41, 41, 41, 34, 30, 42, 42),
-    "arterial": Enhancement(70, 62, 108, 270, 72, 105, 185, 70, 98, 78),
-    "portal": Enhancement(92, 76, 108, 150, 150, 158, 178, 150, 92, 82),
+    "unenhanced": Enhancement(54, 54, 51, 42, 42, 42, 34, 30, 45, 46),
+    "arterial": Enhancement(70, 68, 98, 270, 72, 105, 185, 74, 94, 76),
+    "portal": Enhancement(86, 82, 94, 150, 150, 156, 178, 150, 90, 86),
 }
 
 
@@ -72,12 +72,14 @@ def parenchyma(hu: float, *, coarse: float = 5.0, fine: float = 3.0) -> Tissue:
     return values
 
 
-def muscle(hu: float) -> Tissue:
-    """Muscle with seams of fat between its bundles."""
+def muscle(hu: float, *, layers_mm: Sequence[float] = ()) -> Tissue:
+    """Muscle with seams of fat between its bundles, and between layers at some depths."""
 
     def values(block: Block) -> Array:
         seams = np.exp(-np.square(block.textures["fine"] / 0.14))
-        return hu + 7 * block.textures["coarse"] + 3 * block.textures["strands"] - 75 * seams
+        for layer_mm in layers_mm:
+            seams = np.maximum(seams, np.exp(-np.square((block.depth - layer_mm) / 0.6)))
+        return hu + 8 * block.textures["coarse"] + 3 * block.textures["strands"] - 45 * seams
 
     return values
 

@@ -107,7 +107,9 @@ class Predictor:
         """Segment what `prepare` returned; of a scan that shows nothing, nothing is segmented."""
         labels = self.spec.labels
         if all(np.ptp(channel) == 0 for channel in prepared.image):
-            logging.getLogger("medseg").warning("W-EMPTY the scan shows nothing after clipping; so does the segmentation")
+            logging.getLogger("medseg").warning(
+                "W-EMPTY the scan shows nothing after clipping; so does the segmentation"
+            )
             logits = self._nothing(prepared)
         else:
             logits = sliding_window(

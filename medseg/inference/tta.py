@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-import torch
 from torch import Tensor, nn
 
 from medseg.errors import WorkflowError

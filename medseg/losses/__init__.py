@@ -11,7 +11,5 @@ from medseg.registry import Registry
 
 __all__ = ["LOSSES", "Compound", "CrossEntropy", "DeepSupervision", "Dice", "Ramp", "Tversky"]
 
-LOSSES: Registry[type[nn.Module]] = Registry(
-    "loss", {"cross_entropy": CrossEntropy, "dice": Dice, "tversky": Tversky}
-)
+LOSSES: Registry[type[nn.Module]] = Registry("loss", {"cross_entropy": CrossEntropy, "dice": Dice, "tversky": Tversky})
 """Each class also says its `title`, its `paper` and what it is `good_for`."""

@@ -91,7 +91,8 @@ class DeepSupervision(nn.Module):
         total = self.loss(outputs[0], target, mask)
         for weight, logits in zip(self.extra_weights, outputs[1:], strict=True):
             size = logits.shape[2:]
-            total = total + weight * self.loss(logits, at_size(target, size), None if mask is None else at_size(mask, size))
+            coarse_mask = None if mask is None else at_size(mask, size)
+            total = total + weight * self.loss(logits, at_size(target, size), coarse_mask)
         return total
 
 

@@ -128,9 +128,8 @@ def soft_sums(
     probs = logits.float()
     probs = probs.sigmoid() if regions else probs.softmax(dim=1)
     if mask is not None:
-        # Not a product: a masked voxel may hold anything, and 0 × inf is not 0.
-        probs = probs.where(mask, 0)
-        reference = reference.where(mask, 0)
+        probs = probs * mask
+        reference = reference * mask
     axes = tuple(range(2, logits.dim()))
     sums = SoftSums(
         intersection=(probs * reference).sum(axes),
@@ -143,6 +142,7 @@ def soft_sums(
 
 
 def _one_hot(target: Tensor, num_classes: int) -> Tensor:
-    """Boolean (B, R, I, J[, K]): a quarter of float32's memory until the backward pass, and narrow integers compare fast."""
+    """Boolean (B, R, I, J[, K]), which the backward pass keeps in a quarter of a float's memory."""
+    # Narrow integers: comparing int64 takes twice as long.
     classes = torch.arange(num_classes, device=target.device, dtype=torch.int16)
     return target.unsqueeze(1).to(torch.int16) == classes.view(-1, *[1] * (target.dim() - 1))

@@ -47,47 +47,44 @@ class CrossEntropy(nn.Module):
         Raises:
             WorkflowError: If the class weights are not one for each output.
         """
-        weights = self._weights(logits)
-        of = self._of_regions if target.dim() == logits.dim() else self._of_classes
-        return of(logits.float(), target, mask, weights)
+        of = _of_regions if target.dim() == logits.dim() else _of_classes
+        return of(logits.float(), target, mask, self._weights(logits), self.label_smoothing)
 
-    def _of_classes(self, logits: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor) -> Tensor:
-        if mask is not None:
-            target = target.where(mask[:, 0], IGNORED)
-            logits = logits.where(mask, 0)
-        weight = None if self.class_weights is None else weights
-        total = F.cross_entropy(
-            logits, target, weight, ignore_index=IGNORED, reduction="sum", label_smoothing=self.label_smoothing
-        )
+    def _weights(self, logits: Tensor) -> Tensor | None:
         if self.class_weights is None:
-            counted = target.numel() if mask is None else mask.sum()
-        else:
-            voxel_weights = weights[target.clamp(min=0)]
-            counted = (voxel_weights if mask is None else voxel_weights.where(mask[:, 0], 0)).sum()
-        return _mean(total, counted)
-
-    def _of_regions(self, logits: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor) -> Tensor:
-        target = target.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
-        voxels = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        if mask is not None:
-            voxels = voxels.where(mask, 0)
-        counted = voxels[:, 0].numel() if mask is None else mask.sum()
-        per_region = voxels.transpose(0, 1).flatten(1).sum(1)  # (R,)
-        return _mean((per_region * weights).sum(), counted * weights.sum())
-
-    def _weights(self, logits: Tensor) -> Tensor:
-        num_outputs = logits.shape[1]
-        given = self.class_weights or (1.0,) * num_outputs
-        if len(given) != num_outputs:
+            return None
+        if len(self.class_weights) != logits.shape[1]:
             raise WorkflowError(
                 "E-ARGUMENT",
-                f"loss 'cross_entropy': class_weights has {len(given)} entries but the network has {num_outputs} outputs; "
-                "give one for each, the background's first",
+                f"loss 'cross_entropy': class_weights has {len(self.class_weights)} entries but the network has "
+                f"{logits.shape[1]} outputs; give one for each, in their order",
             )
-        return logits.new_tensor(given, dtype=torch.float32)
+        return logits.new_tensor(self.class_weights, dtype=torch.float32)
 
 
-def _mean(total: Tensor, counted: Tensor | int) -> Tensor:
-    if isinstance(counted, int):
-        return total / counted
-    return total / counted.where(counted > 0, 1)  # the total is 0 too where nothing counts
+def _of_classes(
+    logits: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None, smoothing: float
+) -> Tensor:
+    if mask is not None:
+        target = target.where(mask[:, 0], IGNORED)
+    total = F.cross_entropy(logits, target, weights, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+    counted = target != IGNORED
+    if weights is not None:
+        counted = weights[target.clamp(min=0)] * counted
+    return _mean(total, counted.sum())
+
+
+def _of_regions(
+    logits: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None, smoothing: float
+) -> Tensor:
+    ones = (1,) * (logits.dim() - 2)
+    counted = logits.new_ones(1, 1, *ones) if weights is None else weights.view(1, -1, *ones)
+    if mask is not None:
+        counted = counted * mask
+    smooth = target.float() * (1 - smoothing) + smoothing / 2
+    total = F.binary_cross_entropy_with_logits(logits, smooth, weight=counted, reduction="sum")
+    return _mean(total, counted.expand_as(logits).sum())
+
+
+def _mean(total: Tensor, counted: Tensor) -> Tensor:
+    return total / counted.where(counted > 0, 1)  # where nothing counts, the total is 0 too

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-LabelMap = npt.NDArray[np.integer[Any]]
+LabelMap = npt.NDArray[Any]
+"""Integers, of any type and shape."""
 
 _CHUNK = 2**20  # voxels counted at once: NumPy widens them to 8 bytes each
 
@@ -102,15 +103,13 @@ def iou(counts: Counts) -> float:
     return counts.true_positives / united if united else math.nan
 
 
-def _joint_histogram(
-    reference: LabelMap, prediction: LabelMap, values: Sequence[int]
-) -> npt.NDArray[np.int64]:
+def _joint_histogram(reference: LabelMap, prediction: LabelMap, values: Sequence[int]) -> npt.NDArray[np.int64]:
     """Voxels by (reference, prediction), (V + 1, V + 1); row and column 0 are all values not listed."""
     num_bins = len(values) + 1
     total = np.zeros(num_bins**2, dtype=np.int64)
-    # In memory order, whatever it is: a transposed view would be copied otherwise.
-    order = "F" if reference.flags.f_contiguous and prediction.flags.f_contiguous else "C"
-    pair = [np.ravel(array, order) for array in (reference, prediction)]
+    if reference.flags.f_contiguous and prediction.flags.f_contiguous:
+        reference, prediction = reference.T, prediction.T  # flat without a copy
+    pair = (reference.ravel(), prediction.ravel())
     for start in range(0, reference.size, _CHUNK):
         rows, columns = (_bins(array[start : start + _CHUNK], values) for array in pair)
         total += np.bincount(rows * num_bins + columns, minlength=num_bins**2)

@@ -119,9 +119,11 @@ def check_same_grid(case: str, reference: Volume, prediction: Volume) -> None:
     if not wanted.matches(found):
         raise GeometryError(
             "E-PAIR-AFFINE",
-            f"prediction and reference have the same shape but lie at different places (spacing {_mm(found.spacing_mm)} "
-            f"and {_mm(wanted.spacing_mm)} mm, orientation {found.orientation} and {wanted.orientation}, first voxel at "
-            f"{_mm(found.affine[:3, 3])} and {_mm(wanted.affine[:3, 3])} mm); correct the files, or add --resample",
+            "prediction and reference have the same shape but lie at different places: "
+            f"spacing {_mm(found.spacing_mm)} and {_mm(wanted.spacing_mm)} mm, "
+            f"orientation {found.orientation} and {wanted.orientation}, "
+            f"first voxel at {_mm(found.affine[:3, 3])} and {_mm(wanted.affine[:3, 3])} mm; "
+            "correct the files, or add --resample",
             where=f"case {case}",
         )
 

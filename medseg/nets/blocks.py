@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,10 +24,10 @@ NORMS: Registry[Callable[[int, int], nn.Module]] = Registry(
     "norm",
     {
         # Batch norm learns well from the many slices a 2D batch holds; a 3D batch holds two patches.
-        "auto": lambda channels, spatial_dims: NORMS["instance" if spatial_dims == 3 else "batch"](channels, spatial_dims),
+        "auto": lambda channels, dims: NORMS["instance" if dims == 3 else "batch"](channels, dims),
         # A group of one channel is instance norm, with the same weights; torch computes it three times faster on a CPU.
         "instance": lambda channels, _: nn.GroupNorm(channels, channels),
-        "batch": lambda channels, spatial_dims: (nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d)(channels),
+        "batch": lambda channels, dims: (nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d)(channels),
         "group": lambda channels, _: nn.GroupNorm(math.gcd(channels, 8), channels),
         "none": lambda *_: nn.Identity(),
     },
@@ -75,7 +75,9 @@ class Layers:
         if self.padding not in ("same", "valid"):
             raise ValueError(f"padding is {self.padding!r}; it must be 'same' or 'valid'")
 
-    def conv(self, in_channels: int, out_channels: int, *, kernel_size: PerAxis, stride: PerAxis = 1, bias: bool = True) -> nn.Module:
+    def conv(
+        self, in_channels: int, out_channels: int, *, kernel_size: PerAxis, stride: PerAxis = 1, bias: bool = True
+    ) -> nn.Module:
         """A convolution; with ``same`` padding, n voxels become n / stride where that divides."""
         kernel = per_axis(kernel_size, self.spatial_dims)
         strides = per_axis(stride, self.spatial_dims)
@@ -84,7 +86,7 @@ class Layers:
             padding = [max(0, (k - s + 1) // 2) for k, s in zip(kernel, strides, strict=True)]
             if any(p and 2 * p >= k for p, k in zip(padding, kernel, strict=True)):
                 raise ValueError(f"kernel_size {kernel} cannot keep the size at stride {strides}; use odd kernels")
-        conv = nn.Conv2d if self.spatial_dims == 2 else nn.Conv3d
+        conv: Any = nn.Conv2d if self.spatial_dims == 2 else nn.Conv3d
         return conv(in_channels, out_channels, kernel, stride=strides, padding=tuple(padding), bias=bias)
 
     def make_norm(self, channels: int) -> nn.Module:
@@ -167,9 +169,16 @@ class ConvStage(nn.Module):
         blocks = []
         for n in range(num_convs):
             summed = shortcut is not None and n == num_convs - 1
-            first = {"stride": stride} if n == 0 else {}
-            channels = in_channels if n == 0 else out_channels
-            blocks.append(ConvBlock(layers, channels, out_channels, kernel_size=kernel_size, activate=not summed, **first))
+            blocks.append(
+                ConvBlock(
+                    layers,
+                    out_channels if n else in_channels,
+                    out_channels,
+                    kernel_size=kernel_size,
+                    stride=1 if n else stride,
+                    activate=not summed,
+                )
+            )
         self.blocks = nn.Sequential(*blocks)
         self.shortcut = shortcut
         self.activation = layers.make_activation(out_channels) if shortcut is not None else None
@@ -191,7 +200,7 @@ class TransposedConv(nn.Sequential):
     """Upsampling learned: each voxel becomes a block of its own, without overlap."""
 
     def __init__(self, layers: Layers, in_channels: int, out_channels: int, *, stride: PerAxis) -> None:
-        conv = nn.ConvTranspose2d if layers.spatial_dims == 2 else nn.ConvTranspose3d
+        conv: Any = nn.ConvTranspose2d if layers.spatial_dims == 2 else nn.ConvTranspose3d
         strides = per_axis(stride, layers.spatial_dims)
         super().__init__(conv(in_channels, out_channels, strides, stride=strides))
 
@@ -224,7 +233,7 @@ def per_axis(value: PerAxis, spatial_dims: int) -> tuple[int, ...]:
     return values
 
 
-def per_level(name: str, value: T | Sequence[T], num_levels: int) -> tuple[T, ...]:
+def per_level(name: str, value: int | Sequence[T], num_levels: int) -> tuple[int | T, ...]:
     """One entry for each level of a network; a single number holds for all.
 
     Raises:
@@ -232,10 +241,9 @@ def per_level(name: str, value: T | Sequence[T], num_levels: int) -> tuple[T, ..
     """
     if isinstance(value, int):
         return (value,) * num_levels
-    values: tuple[T, ...] = tuple(value)  # type: ignore[arg-type]  # only a sequence is left
-    if len(values) != num_levels:
-        raise ValueError(f"{name} has {len(values)} entries for {num_levels} levels; give one a level, or one number for all")
-    return values
+    if len(value) != num_levels:
+        raise ValueError(f"{name} has {len(value)} entries; give {num_levels}, or one number for all")
+    return tuple(value)
 
 
 def pad_end(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -252,13 +260,14 @@ def pad_end(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def crop_end(x: Tensor, size: Sequence[int]) -> Tensor:
     """The first `size` voxels of (B, C, I, J[, K]): undoes `pad_end`."""
-    return x[(..., *[slice(n) for n in size])]
+    return x[(slice(None), slice(None), *[slice(n) for n in size])]
 
 
 def crop_center(x: Tensor, size: Sequence[int]) -> Tensor:
     """The middle `size` voxels of (B, C, I, J[, K])."""
     starts = [(n - wanted) // 2 for n, wanted in zip(x.shape[2:], size, strict=True)]
-    return x[(..., *[slice(start, start + n) for start, n in zip(starts, size, strict=True)])]
+    middle = [slice(start, start + n) for start, n in zip(starts, size, strict=True)]
+    return x[(slice(None), slice(None), *middle)]
 
 
 def initialize(network: nn.Module) -> None:

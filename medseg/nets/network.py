@@ -77,7 +77,7 @@ class SegmentationNetwork(nn.Module, ABC):
 
     def efficient_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """The closest input size that needs no padding, for hints."""
-        return tuple(axis.nearest(n) for axis, n in zip(self.sizes, size, strict=True))
+        return self._padded_size([axis.nearest(n) for axis, n in zip(self.sizes, size, strict=True)])
 
     def check_size(self, size: Sequence[int]) -> None:
         """Refuse an input that the network cannot take.
@@ -93,7 +93,7 @@ class SegmentationNetwork(nn.Module, ABC):
             raise WorkflowError(
                 "E-PATCH-SIZE",
                 f"an input of {_times(size)} voxels is too small for this {type(self).__name__}, which needs at least "
-                f"{_times(self.min_size)}; use a patch of {_times(self.efficient_size(size))}, or fewer levels or strides",
+                f"{_times(self.min_size)}; use a patch of {_times(self.efficient_size(size))}, or fewer levels",
             )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

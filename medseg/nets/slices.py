@@ -40,9 +40,9 @@ class OnSlices(nn.Module):
             (B, R, I, J, 1) with the single slice at `slice_axis`; a list where the network gives one.
         """
         axis = self.slice_axis + 2
-        expected = 1 + 2 * self.context_slices
-        if x.shape[axis] != expected:
-            raise ValueError(f"{x.shape[axis]} slices along axis {self.slice_axis} of {tuple(x.shape)}; expected {expected}")
+        found, expected = x.shape[axis], 1 + 2 * self.context_slices
+        if found != expected:
+            raise ValueError(f"{found} slices along axis {self.slice_axis} of {tuple(x.shape)}; expected {expected}")
         result = self.network(x.movedim(axis, 2).flatten(1, 2))  # (B, C S, I, J)
         if isinstance(result, Tensor):
             return result.unsqueeze(axis)

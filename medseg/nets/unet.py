@@ -100,7 +100,8 @@ class UNet(SegmentationNetwork):
             up_convs = per_level("decoder_convs_per_stage", decoder_convs_per_stage, depth)
         num_extra = max(0, depth - 2) if deep_supervision else 0
         super().__init__(
-            _input_sizes(steps, kernels, convs, up_convs, padding), extra_weights=[0.5**n for n in range(1, num_extra + 1)]
+            _input_sizes(steps, kernels, convs, up_convs, padding),
+            extra_weights=[0.5**n for n in range(1, num_extra + 1)],
         )
 
         layers = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout, bias=bias, padding=padding)
@@ -128,19 +129,20 @@ class UNet(SegmentationNetwork):
         initialize(self)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
-        skips = []
+        skips: list[Tensor] = []
         for stage in self.encoder:
             x = stage(x)  # (B, channels[n], I / 2^n, …) with strides of 2
             skips.append(x)
         skips.pop()
-        levels = []
-        for up, stage in zip(reversed(self.ups), reversed(self.decoder), strict=True):
-            x = up(x)
+        heads = [self.head, *self.extra_heads] if self.training else [self.head]
+        outputs = []
+        for n in reversed(range(len(self.decoder))):
+            x = self.ups[n](x)
             skip = crop_center(skips.pop(), x.shape[2:])  # larger than x only with valid convolutions
-            x = stage(torch.cat([skip, x], dim=1))
-            levels.insert(0, x)
-        extra = zip(self.extra_heads, levels[1:], strict=False) if self.training else ()
-        return [self.head(x), *[head(level) for head, level in extra]]
+            x = self.decoder[n](torch.cat([skip, x], dim=1))
+            if n < len(heads):
+                outputs.append(heads[n](x))
+        return outputs[::-1]
 
 
 def _input_sizes(
@@ -151,14 +153,17 @@ def _input_sizes(
     padding: Padding,
 ) -> list[AxisSizes]:
     """For each axis the input sizes that every stride divides and that leave an output."""
-    return [
-        _axis_sizes(
-            [step[axis] for step in steps],
-            [(kernel[axis] - 1) * n if padding == "valid" else 0 for kernel, n in zip(kernels, convs, strict=True)],
-            [(kernel[axis] - 1) * n if padding == "valid" else 0 for kernel, n in zip(kernels[:-1], up_convs, strict=True)],
+    sizes = []
+    for axis in range(len(steps[0])):
+        lost = [kernel[axis] - 1 if padding == "valid" else 0 for kernel in kernels]
+        sizes.append(
+            _axis_sizes(
+                [step[axis] for step in steps],
+                [n * loss for n, loss in zip(convs, lost, strict=True)],
+                [n * loss for n, loss in zip(up_convs, lost[:-1], strict=True)],
+            )
         )
-        for axis in range(len(steps[0]))
-    ]
+    return sizes
 
 
 def _axis_sizes(strides: Sequence[int], down_loss: Sequence[int], up_loss: Sequence[int]) -> AxisSizes:

@@ -89,7 +89,7 @@ class VNet(SegmentationNetwork):
         initialize(self)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
-        skips = []
+        skips: list[Tensor] = []
         for stage in self.encoder:
             x = stage(x)  # (B, channels[n], I / 2^n, …)
             skips.append(x)

@@ -19,7 +19,6 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -184,7 +183,7 @@ class MlflowTracker:
                 f"when it answers again: medseg sync {self._run_dir}"
             )
         if done:  # else the lock keeps a second sender away until this process ends
-            self._close()
+            self._lock.close()
 
     def _begin(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         for kind, entries in (("param", params), ("tag", tags)):
@@ -195,8 +194,8 @@ class MlflowTracker:
         self._spool.append([{"kind": "status", "status": "RUNNING"}])
         trouble = self._background.start(START_SECONDS)
         if trouble and trouble.refused and self._delivery.run_id is None:
-            if self._background.finish(FINISH_SECONDS):
-                self._close()
+            self._background.abandon()
+            self._lock.close()
             message = f"the tracking store refuses this run: {trouble}; mend track.uri or track.experiment"
             raise WorkflowError("E-TRACK-URI", message, where=self._delivery.uri)
 
@@ -212,10 +211,6 @@ class MlflowTracker:
                 shutil.copy2(path, copy)
             path = copy
         return str(path.relative_to(self._run_dir))
-
-    def _close(self) -> None:
-        self._spool.close()
-        self._lock.close()
 
 
 class MlflowRun:
@@ -350,10 +345,8 @@ def sync(run_dir: Path, *, uri: str | None = None) -> int:
     delivery = Delivery.load(run_dir)
     if delivery is None:
         raise ModelError("E-SYNC-RUN", "holds no tracking.json; name a run folder of medseg train", where=str(run_dir))
-    with ExitStack() as stack:
-        stack.enter_context(lock_run(run_dir))
+    with lock_run(run_dir):
         spool = Spool(run_dir)
-        stack.callback(spool.close)
         statuses = [line.record["status"] for line in spool.read() if line.record["kind"] == "status"]
         if statuses[-1:] in ([], ["RUNNING"]):
             spool.append([{"kind": "status", "status": "KILLED", "time": _now_ms()}])
@@ -398,9 +391,8 @@ def ask(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     try:
         return function(*args, **kwargs)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         code = "BAD_REQUEST" if isinstance(error, ImportError) else getattr(error, "error_code", None)
-        raise StoreError(reason, code) from error
+        raise StoreError(_reason(error), code) from error
 
 
 def find_by_local_id(client: MlflowClient, experiments: Sequence[str], local_id: str) -> str | None:
@@ -418,6 +410,15 @@ def safe_name(name: str) -> str:
     """A name MLflow takes: letters, digits and ``_-. :/``; no empty or relative parts between slashes."""
     parts = [part for part in re.sub(r"[^\w\-. :/]", "_", name).split("/") if part not in ("", ".", "..")]
     return "/".join(parts)[:MAX_NAME] or "_"
+
+
+def _reason(error: Exception) -> str:
+    """One line for people: "Connection refused", not the tale of every library it passed through."""
+    root: BaseException = error
+    while root.__context__ is not None:
+        root = root.__context__
+    told = root.strerror or str(root) if isinstance(root, OSError) else str(error)
+    return (told.strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _now_ms() -> int:

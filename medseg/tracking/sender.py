@@ -149,6 +149,7 @@ class BackgroundSender:
         self._remedy = remedy
         self._trouble: StoreError | None = None
         self._warned = False
+        self._abandoned = False
         self._tried = threading.Event()
         self._finishing = threading.Event()
         self._thread = threading.Thread(target=self._keep_sending, name="medseg-tracking", daemon=True)
@@ -169,13 +170,20 @@ class BackgroundSender:
         self._thread.join(wait_seconds)
         return not self._thread.is_alive()
 
+    def abandon(self) -> None:
+        """End without sending what is left."""
+        self._abandoned = True
+        self._finishing.set()
+        self._thread.join()
+
     def _keep_sending(self) -> None:
         pause = 0.0
         while not self._finishing.wait(pause):
             sent = self._send()
             pause = SEND_EVERY_SECONDS if sent else min(max(2 * pause, RETRY_SECONDS[0]), RETRY_SECONDS[1])
             self._tried.set()
-        self._send()
+        if not self._abandoned:
+            self._send()
 
     def _send(self) -> bool:
         try:

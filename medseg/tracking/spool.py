@@ -49,19 +49,21 @@ class Spool:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / LINES_FILE
         self._known = {name for line in self.read() if (name := _identity(line.record))}
-        self._stream = self._path.open("ab+")
         if self._ends_torn():
-            self._stream.write(b"\n")  # shut the torn line off, lest it swallow the next one
+            with self._path.open("ab") as stream:
+                stream.write(b"\n")  # shut the torn line off, lest it swallow the next one
 
     def append(self, records: Iterable[Record]) -> None:
         """Add the records that are not there yet; once this returns, a kill of the process loses none of them."""
+        lines = []
         for record in records:
             name = _identity(record)
-            if name not in self._known:
-                self._stream.write(json.dumps(record).encode() + b"\n")
+            if name is None or name not in self._known:
+                lines.append(json.dumps(record).encode() + b"\n")
             if name is not None:
                 self._known.add(name)
-        self._stream.flush()
+        with self._path.open("ab") as stream:
+            stream.write(b"".join(lines))
 
     def read(self, start: int = 0) -> list[Line]:
         """The whole lines from a byte offset on; safe to call while another thread appends."""
@@ -78,14 +80,12 @@ class Spool:
                 lines.append(Line(record, end))
         return lines
 
-    def close(self) -> None:
-        self._stream.close()
-
     def _ends_torn(self) -> bool:
-        if self._stream.seek(0, os.SEEK_END) == 0:
+        if not self._path.exists() or self._path.stat().st_size == 0:
             return False
-        self._stream.seek(-1, os.SEEK_END)
-        return self._stream.read(1) != b"\n"
+        with self._path.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            return stream.read() != b"\n"
 
 
 @dataclass

@@ -63,10 +63,11 @@ class LiveDisplay:
         if not self.console.is_terminal:
             organs = "  ".join(f"{organ} {value:.3f}" for organ, value in dice.items())
             minutes = (time.monotonic() - self.started) / 60
-            self.console.print(f"iteration {step}/{self._iterations}  {minutes:.1f} min  loss {self.loss:.3f}  Dice: {organs}  mean {mean:.3f}")
+            line = f"iteration {step}/{self._iterations}  {minutes:.1f} min  loss {self.loss:.3f}  Dice: {organs}  mean {mean:.3f}"
+            self.console.print(line, soft_wrap=True)
 
     def note(self, message: str) -> None:
-        self.console.print(message)
+        self.console.print(message, soft_wrap=True)
 
     def _render(self) -> Group:
         return Group(self._bar, *([self._table] if self._table else []))

@@ -197,6 +197,7 @@ class Trainer:
             group["lr"] = settings.lr * progress.lr_scale * self.rate(progress.step, progress.scores)
         if hasattr(self.loss, "set_step"):
             self.loss.set_step(progress.step)
+        buffers = [buffer.clone() for buffer in self.network.buffers()]  # batch norm's, which a NaN would spoil for good
         total = 0.0
         for n, batch in enumerate(batches):
             with self.fabric.no_backward_sync(self.network, enabled=n + 1 < len(batches)):
@@ -213,6 +214,8 @@ class Trainer:
                 self.ema.update_parameters(self.network.module)
         else:
             total = math.nan
+            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
@@ -240,11 +243,11 @@ class Trainer:
                 if len(skipped) >= MAX_SKIPS * len(batches) * len(batches[0]["case"]):
                     raise _Diverged(skipped)
             self.seconds_training += time.monotonic() - asked
-            if progress.step % settings.validate_every == 0 or progress.step == settings.iterations:
+            if progress.step == settings.iterations or (progress.step % settings.validate_every == 0 and not skipped):
                 self._validate()
                 self.save()
                 saved = time.monotonic()
-            elif self._stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            elif self._stop or (time.monotonic() - saved > CHECKPOINT_SECONDS and not skipped):
                 self.save()
                 saved = time.monotonic()
             if self._stop:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -33,7 +34,10 @@ PLAIN = Preprocessing(intensity=(Intensity(normalize="none"),))
 
 class NoAugment:
     def __init__(self, size):
-        self.source_size = size
+        self.patch_size = size
+
+    def source_size_for(self, seed):
+        return self.patch_size
 
     def __call__(self, sample, seed):
         return {key: torch.from_numpy(value) for key, value in sample.items()} | {"seed": seed % 1000}
@@ -181,10 +185,7 @@ def test_every_second_patch_holds_an_organ_and_classes_come_equally_often(tmp_pa
 def _keep_caching(folder: str, source: Case) -> None:
     while True:
         cache = CaseCache(Path(folder) / "cache", PLAIN, LABELS)
-        made = cache.case(source)
-        for file in made.folder.iterdir():
-            file.unlink()
-        made.folder.rmdir()
+        shutil.rmtree(cache.case(source).folder.rename(Path(folder) / "gone"))
 
 
 def test_a_kill_leaves_a_whole_case_or_none(tmp_path):
@@ -196,6 +197,7 @@ def test_a_kill_leaves_a_whole_case_or_none(tmp_path):
         time.sleep(delay)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)
         case = cache_in(tmp_path).case(source)
         assert case.image.shape == (1, 60, 60, 40)
         assert set(case.voxels) == {1, 2}

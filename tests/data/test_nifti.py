@@ -160,7 +160,7 @@ def test_four_dimensional_files_become_channels_or_the_selected_volume(tmp_path:
     path = save(tmp_path / "a.nii.gz", voxels)
     np.testing.assert_array_equal(read_volume(path).array, np.moveaxis(voxels, -1, 0))
     np.testing.assert_array_equal(read_volume(path, select_volume=1).array, voxels[None, ..., 1])
-    with pytest.raises(DataError, match="E-SELECT-VOLUME.*0-1, not 2"):
+    with pytest.raises(DataError, match=r"E-SELECT-VOLUME.*0-1, not 2"):
         read_volume(path, select_volume=2)
     with pytest.raises(DataError, match="E-LABEL-CHANNELS"):
         read_label(path)
@@ -187,7 +187,7 @@ def test_a_few_nan_voxels_are_filled_and_counted(tmp_path: Path, caplog: pytest.
 def test_many_nan_voxels_are_refused(tmp_path: Path) -> None:
     voxels = np.ones((20, 20, 20), np.float32)
     voxels[0, 0, :9] = np.nan
-    with pytest.raises(DataError, match="E-NOT-FINITE.*9 of 8,000"):
+    with pytest.raises(DataError, match=r"E-NOT-FINITE.*9 of 8,000"):
         read_volume(save(tmp_path / "a.nii.gz", voxels))
 
 
@@ -210,7 +210,7 @@ def test_labels_that_are_all_but_integers_are_rounded_and_others_refused(tmp_pat
     with pytest.raises(DataError, match=r"E-LABEL-VALUES.*1 voxels.*0\.5"):
         read_label(save(tmp_path / "a.nii.gz", voxels))
     voxels[0, 0, 0] = np.nan
-    with pytest.raises(DataError, match="E-LABEL-VALUES.*nan"):
+    with pytest.raises(DataError, match=r"E-LABEL-VALUES.*nan"):
         read_label(save(tmp_path / "a.nii.gz", voxels))
 
 
@@ -244,7 +244,7 @@ def test_a_label_elsewhere_is_refused_with_the_distance() -> None:
     moved = oblique()
     moved[:3, 3] += (0, 3, 4)
     check_pair(volume(), volume(affine=oblique() + 1e-4), "case_1")
-    with pytest.raises(GeometryError, match="E-PAIR-AFFINE case_1: .* 5 mm"):
+    with pytest.raises(GeometryError, match=r"E-PAIR-AFFINE case_1: .* 5 mm"):
         check_pair(volume(), volume(affine=moved), "case_1")
 
 

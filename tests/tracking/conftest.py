@@ -9,17 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import medseg
 from medseg.tracking import sender
 from medseg.tracking.mlflow_tracker import ENVIRONMENT, MlflowTracker, open_store
-
-START_SECONDS = 60
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +27,6 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "RETRY_SECONDS", (0.1, 0.2))
     for name, value in ENVIRONMENT.items():  # else the first store opened would set them for good
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
 
 
 @pytest.fixture(scope="session")
@@ -50,28 +47,29 @@ def store(empty_store: Path, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
+SERVE = "import sys; from medseg.tracking.runs import serve_ui; sys.exit(serve_ui(sys.argv[1], port=int(sys.argv[2])))"
+
+
 class Server:
-    """A real ``mlflow server`` that can be killed, stopped and started again on the same port."""
+    """The MLflow server of ``medseg ui``, which can be killed, stopped and started again on the same port."""
 
     def __init__(self, database: Path) -> None:
         self._folder = database.parent
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self._port}"
+            port = str(probe.getsockname()[1])
+        self.uri = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-c", SERVE, f"sqlite:///{database}", port]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         if self._process is None:
-            command = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port), "--workers", "1"]
-            command += ["--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"]
-            command += ["--artifacts-destination", str(self._folder / "artifacts")]
-            with (self._folder / "server.log").open("a") as output:
+            environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path(medseg.__file__).parents[1])}
+            with (self._folder / "server.log").open("a") as log:
                 self._process = subprocess.Popen(
-                    command, stdout=output, stderr=output, start_new_session=True, cwd=self._folder,
-                    env={**os.environ, **ENVIRONMENT},
-                )  # fmt: skip
-        wait_until(self._answers, START_SECONDS)
+                    self._command, stdout=log, stderr=log, cwd=self._folder, env=environment, start_new_session=True
+                )
+        wait_until(self._answers, 120)
 
     def signal(self, number: signal.Signals) -> None:
         """To the server and its workers."""
@@ -84,15 +82,23 @@ class Server:
             self._process.wait()
             self._process = None
 
+    def interrupt(self) -> int:
+        """Ctrl-C; the exit code."""
+        assert self._process is not None
+        self.signal(signal.SIGINT)
+        code = self._process.wait(60)
+        self._process = None
+        return code
+
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+            with urllib.request.urlopen(f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1", timeout=5):
+                return True
+        except OSError:
             return False
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shared_server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     database = tmp_path_factory.mktemp("server") / "mlflow.db"
     shutil.copy(empty_store, database)
@@ -103,7 +109,7 @@ def shared_server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def server(shared_server: Server) -> Server:
-    """The module's server, up."""
+    """The session's server, up."""
     shared_server.start()
     return shared_server
 
@@ -112,7 +118,9 @@ def server(shared_server: Server) -> Server:
 def begin(tmp_path: Path) -> Callable[..., MlflowTracker]:
     """Starts a run in ``tmp_path / "run"``."""
 
-    def start(uri: str, *, run_dir: Path = tmp_path / "run", experiment: str = "liver", **others: object) -> MlflowTracker:
+    def start(
+        uri: str, *, run_dir: Path = tmp_path / "run", experiment: str = "liver", **others: object
+    ) -> MlflowTracker:
         given = {"run_name": "fold0", "params": {"train.lr": 1e-3}, "tags": {"medseg.fold": "0"}, **others}
         return MlflowTracker.start(run_dir, uri=uri, experiment=experiment, **given)  # type: ignore[arg-type]
 

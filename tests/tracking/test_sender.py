@@ -170,7 +170,7 @@ def test_a_failing_store_is_reported_once_with_its_remedy(
 def test_finish_gives_up_on_a_store_that_hangs(tmp_path: Path, memory: MemoryStore) -> None:
     sender, _ = make(tmp_path, memory)
     release = threading.Event()
-    memory.prepare = lambda: None if release.wait(10) else None  # type: ignore[method-assign]
+    memory.prepare = lambda: release.wait(10)  # type: ignore[assignment, method-assign, return-value]
     background = BackgroundSender(sender, uri="u", remedy="r")
     assert background.start(0.1) is None
     assert not background.finish(0.1)

@@ -19,20 +19,17 @@ def test_lines_come_back_in_order_and_from_any_line_on(tmp_path: Path) -> None:
     assert [line.record["step"] for line in lines] == [1, 2, 3]
     assert [line.record["step"] for line in spool.read(lines[0].end)] == [2, 3]
     assert spool.read(lines[-1].end) == []
-    spool.close()
 
 
 def test_a_torn_last_line_is_ignored_and_does_not_swallow_the_next(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.append([metric(1), metric(2)])
-    spool.close()
     path = tmp_path / "tracking.jsonl"
     path.write_bytes(path.read_bytes()[:-7])
     assert [line.record["step"] for line in Spool(tmp_path).read()] == [1]
     again = Spool(tmp_path)
     again.append([metric(2), metric(3)])
     assert [line.record["step"] for line in again.read()] == [1, 2, 3]
-    again.close()
 
 
 def test_a_line_being_written_is_not_read_yet(tmp_path: Path) -> None:
@@ -41,17 +38,14 @@ def test_a_line_being_written_is_not_read_yet(tmp_path: Path) -> None:
     with (tmp_path / "tracking.jsonl").open("ab") as stream:
         stream.write(b'{"kind": "metric"')
     assert len(spool.read()) == 1
-    spool.close()
 
 
 def test_a_step_replayed_after_a_resume_keeps_its_first_value(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.append([metric(1, 0.1), metric(2, 0.2), metric(2, 0.25)])
-    spool.close()
     resumed = Spool(tmp_path)
     resumed.append([metric(2, 0.3), metric(3, 0.4)])
     assert [line.record["value"] for line in resumed.read()] == [0.1, 0.2, 0.4]
-    resumed.close()
 
 
 def test_tags_and_files_may_be_logged_again(tmp_path: Path) -> None:
@@ -59,7 +53,6 @@ def test_tags_and_files_may_be_logged_again(tmp_path: Path) -> None:
     for record in ({"kind": "tag", "key": "git", "value": "a"}, {"kind": "file", "path": "per_case.csv", "folder": ""}):
         spool.append([record, record])
     assert len(spool.read()) == 4
-    spool.close()
 
 
 def test_delivery_survives_on_disk_and_is_none_where_nothing_was_tracked(tmp_path: Path) -> None:
@@ -72,5 +65,5 @@ def test_delivery_survives_on_disk_and_is_none_where_nothing_was_tracked(tmp_pat
 
 def test_a_damaged_delivery_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "tracking.json").write_text("{")
-    with pytest.raises(ModelError, match="E-TRACK-STATE.*delete it"):
+    with pytest.raises(ModelError, match=r"E-TRACK-STATE.*delete it"):
         Delivery.load(tmp_path)

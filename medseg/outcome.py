@@ -1,17 +1,60 @@
-"""A verb's result on stdout: one JSON object for programs, or what people like to read."""
+"""How a command ends: its result on stdout, or its fault as one message on stderr, and its exit code."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from numbers import Integral, Real
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
+from typer.core import TyperGroup
+
+from medseg.display import console
+from medseg.errors import MedsegError
 
 Result = Mapping[str, Any]
+
+SOME_CASES_FAILED = 3
+INTERNAL_ERROR = 4
+INTERRUPTED = 130
+
+
+class OneMessage(TyperGroup):
+    """Runs a command so that a fault ends in one message on stderr and the exit code that belongs to it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take ``--debug`` anywhere: people append it to the command that has just failed."""
+        if "--debug" in args:
+            args = ["--debug", *(argument for argument in args if argument != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise  # typer's own: --help, or a usage error, which it prints and exits 2 with
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED, debug=ctx.params["debug"])
+        except MedsegError as error:
+            _fail(str(error), error.exit_code, debug=ctx.params["debug"])
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
+            message = f"internal error: {found}; this is a fault of medseg: run with --debug for the traceback"
+            _fail(message, INTERNAL_ERROR, debug=ctx.params["debug"])
+
+
+@contextmanager
+def stdout_kept_free() -> Iterator[None]:
+    """Send what libraries print to stderr: stdout carries the result and nothing else."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def print_result(result: Result, as_json: bool, table: Callable[[Result], RenderableType] | None = None) -> None:
@@ -28,9 +71,13 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None  # float(): NumPy's float64 is one too
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral):  # NumPy's too
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
 
 
 def _listing(result: Result, indent: str = "") -> str:
@@ -84,7 +131,16 @@ def described(entries: Mapping[str, Any]) -> Result:
 
 def parts_table(result: Result) -> Table:
     """What a registry holds: a row an entry."""
-    table = Table("name", "title", "paper", "good for")
+    table = Table("name", "title", Column("paper", overflow="fold"), "good for")  # an identifier is whole or useless
     for name, entry in result.items():
         table.add_row(name, *entry.values())
     return table
+
+
+def _fail(message: str, exit_code: int, *, debug: bool) -> NoReturn:
+    """Print a message (within an ``except``: the traceback before it, if asked for) and leave."""
+    people = console()
+    if debug:
+        people.print_exception(width=None)
+    people.print(message, style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(exit_code)

@@ -1,0 +1,109 @@
+"""What a person names on the command line (files, folders, manifests) as cases."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from medseg.data import phantom
+from medseg.data.manifest import Case, Manifest, case_id
+from medseg.data.nifti import READABLE_SUFFIXES
+from medseg.errors import DataError, MedsegError, Problems, WorkflowError
+from medseg.registry import did_you_mean
+
+MANIFEST_SUFFIX = ".json"
+
+
+def find_cases(inputs: Sequence[Path], *, split: str | None = None) -> list[Case]:
+    """The cases that the inputs mean.
+
+    Args:
+        inputs: Files, folders (searched recursively) and manifests, in any mixture.
+        split: Part of a manifest, see `manifest_cases`; None: its test cases, or all where it has none.
+
+    Raises:
+        Problems: Inputs that do not exist, and folders without scans.
+        DataError: If a manifest cannot be used.
+        WorkflowError: If a split is asked for that no manifest has.
+    """
+    absent = [path for path in inputs if not path.exists()]
+    if absent:
+        raise Problems([DataError("E-MISSING-FILE", "does not exist", where=str(path)) for path in absent])
+    manifests = [path for path in inputs if path.suffix == MANIFEST_SUFFIX]
+    if split and not manifests:
+        raise WorkflowError("E-SPLIT", f"{split!r} is part of a manifest, but the input is none", where="--split")
+    cases: list[Case] = []
+    for path in inputs:
+        if path in manifests:
+            manifest = Manifest.load(path)
+            cases += manifest_cases(manifest, split or ("test" if manifest.test else "training"))
+        else:
+            cases += _folder_cases(path) if path.is_dir() else [_file_case(path, case_id(path))]
+    return cases
+
+
+def manifest_cases(manifest: Manifest, split: str) -> tuple[Case, ...]:
+    """Part of a manifest; the cases of a phantom are made if they are not there.
+
+    Args:
+        manifest: The data set.
+        split: ``training``, ``test``, or ``fold_N``: the cases held out in fold N.
+
+    Raises:
+        WorkflowError: If there is no such part.
+    """
+    if manifest.phantom:
+        phantom.make_cases(manifest.root, spec=manifest.phantom)
+    parts = {"training": manifest.training, "test": manifest.test}
+    known = [name for name, cases in parts.items() if cases]
+    if split in known:
+        return parts[split]
+    known += [f"fold_{fold}" for fold in sorted(set(manifest.folds().values()))]
+    if split not in known:
+        raise WorkflowError("E-SPLIT", f"{manifest.path} has no {split!r}{did_you_mean(split, known)}", where="--split")
+    return manifest.split(int(split.removeprefix("fold_")))[1]
+
+
+def check_unique(cases: Sequence[Case]) -> None:
+    """Refuse cases that share an id, for their outputs would share a name, and ids that are no file name.
+
+    Raises:
+        Problems: If there are any.
+    """
+    problems: list[MedsegError] = []
+    number_of = Counter(case.id for case in cases)
+    for name, number in number_of.items():
+        if number > 1:
+            files = " and ".join(str(case.images[0]) for case in cases if case.id == name)
+            message = f"{files} would both be called {name!r}; give the folder that holds them, or a manifest with ids"
+            problems.append(DataError("E-OUTPUT-NAME", message))
+        if name != Path(name).name:
+            problems.append(DataError("E-OUTPUT-NAME", f"case id {name!r} is no file name; change it in the manifest"))
+    if problems:
+        raise Problems(problems)
+
+
+def _folder_cases(folder: Path) -> list[Case]:
+    """Every scan below a folder: called after its file, or after its path where files share a name."""
+    files = sorted(_scans(folder))
+    if not files:
+        raise DataError("E-NO-INPUT", f"holds no {', '.join(READABLE_SUFFIXES)} file", where=str(folder))
+    cases = [_file_case(path, case_id(path)) for path in files]
+    if len({case.id for case in cases}) == len(cases):
+        return cases
+    parts = [(*case.images[0].relative_to(folder).parts[:-1], case.id) for case in cases]
+    return [replace(case, id="_".join(names)) for case, names in zip(cases, parts, strict=True)]
+
+
+def _scans(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):  # does not follow links, so loops of them do no harm
+        for name in names:
+            if name.lower().endswith(READABLE_SUFFIXES) and not name.startswith("."):
+                yield Path(parent) / name
+
+
+def _file_case(path: Path, name: str) -> Case:
+    return Case(name, (path,), None, name)

@@ -1,0 +1,1 @@
+"""Pictures and pages that let people judge a segmentation."""

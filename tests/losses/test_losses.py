@@ -1,0 +1,133 @@
+"""What every loss of the table promises, in 2D and 3D, for classes and for regions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medseg.losses import LOSSES
+
+R = 3  # classes or regions
+SIZES = [(6, 5), (4, 5, 3)]
+for_all = pytest.mark.parametrize("name", list(LOSSES))
+for_all_kinds = pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
+for_all_sizes = pytest.mark.parametrize("size", SIZES, ids=["2d", "3d"])
+
+
+def draw(size: tuple[int, ...], *, regions: bool) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, R, *size, generator=generator)
+    if regions:
+        return logits, torch.randint(0, 2, (2, R, *size), generator=generator).float()
+    return logits, torch.randint(0, R, (2, *size), generator=generator)
+
+
+def draw_mask(size: tuple[int, ...]) -> Tensor:
+    return torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(1)) < 0.6
+
+
+def perfect(target: Tensor, *, regions: bool) -> Tensor:
+    hot = target if regions else nn.functional.one_hot(target, R).movedim(-1, 1)
+    return 40 * hot.float() - 20
+
+
+@for_all
+@for_all_kinds
+@for_all_sizes
+def test_a_perfect_answer_costs_nothing_and_its_opposite_much(name: str, regions: bool, size: tuple[int, ...]) -> None:
+    _, target = draw(size, regions=regions)
+    answer = perfect(target, regions=regions)
+    assert LOSSES[name]()(answer, target) < 1e-4
+    assert LOSSES[name]()(-answer, target) > 0.5
+
+
+@for_all
+@for_all_kinds
+@for_all_sizes
+def test_the_gradient_is_that_of_finite_differences(name: str, regions: bool, size: tuple[int, ...]) -> None:
+    logits, target = draw(size, regions=regions)
+    loss, mask = LOSSES[name](), draw_mask(size)
+    logits = logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(logits, target, mask), logits)
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ahead, behind = (loss(logits + step * direction, target, mask) for step in (1e-2, -1e-2))
+    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind) / 2e-2, rtol=1e-2, atol=1e-4)
+
+
+@for_all
+@for_all_kinds
+@for_all_sizes
+def test_masked_voxels_change_neither_the_loss_nor_the_gradient(
+    name: str, regions: bool, size: tuple[int, ...]
+) -> None:
+    logits, target = draw(size, regions=regions)
+    mask = draw_mask(size)
+    loss = LOSSES[name]()
+    other_logits = logits.where(mask, -5 * logits)
+    other_target = target.where(mask if regions else mask[:, 0], 0)
+    results = []
+    for a, b in ((logits, target), (other_logits, other_target)):
+        a = a.clone().requires_grad_()
+        value = loss(a, b, mask)
+        value.backward()
+        results.append((value.detach(), a.grad))
+    torch.testing.assert_close(*(value for value, _ in results))
+    torch.testing.assert_close(*(gradient for _, gradient in results))
+    assert not (results[0][1] * ~mask).any()
+
+
+@for_all
+@for_all_kinds
+def test_a_mask_equals_leaving_the_voxels_out(name: str, regions: bool) -> None:
+    logits, target = draw((6, 5), regions=regions)
+    mask = torch.ones(2, 1, 6, 5, dtype=torch.bool)
+    mask[:, :, 4:] = False
+    loss = LOSSES[name]()
+    torch.testing.assert_close(loss(logits, target, mask), loss(logits[:, :, :4], target[..., :4, :]))
+
+
+@for_all
+@for_all_kinds
+@pytest.mark.parametrize(
+    "fill",
+    [
+        pytest.param(lambda t, m: (torch.zeros_like(t), None), id="nothing there"),
+        pytest.param(lambda t, m: (torch.ones_like(t), None), id="one organ everywhere"),
+        pytest.param(lambda t, m: (t, torch.zeros_like(m)), id="all masked"),
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_loss_and_gradient_are_finite(
+    name: str, regions: bool, fill: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], scale: float
+) -> None:
+    logits, target = draw((4, 5, 3), regions=regions)
+    target, mask = fill(target, draw_mask((4, 5, 3)))
+    logits = (scale * logits).requires_grad_()
+    value = LOSSES[name]()(logits, target, mask)
+    value.backward()
+    assert value.isfinite() and logits.grad is not None and logits.grad.isfinite().all()
+    if mask is not None:
+        assert abs(value) < 1e-6 and not logits.grad.any()
+
+
+@for_all
+@for_all_kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_scored_in_float32(name: str, regions: bool, dtype: torch.dtype) -> None:
+    logits, target = draw((40, 40, 40), regions=regions)  # sums that float16 cannot hold
+    logits = logits.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = LOSSES[name]()(logits, target)
+    value.backward()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, LOSSES[name]()(logits.float(), target))
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_every_loss_says_where_it_comes_from_and_what_it_is_good_for() -> None:
+    for loss in LOSSES.values():
+        assert loss.title and loss.paper and loss.good_for

@@ -1,0 +1,197 @@
+"""The loop, on a network of one convolution: fast, and exact to the bit."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from medseg.errors import Interrupted, TrainingError
+from medseg.labels import Labels
+from medseg.losses import Compound, CrossEntropy
+from medseg.training import optim
+from medseg.training.run_folder import RunFolder
+from medseg.training.trainer import Settings, Trainer, Validation
+
+LABELS = Labels({0: "background", 1: "organ"})
+
+
+class Recorder:
+    """Tracker and observer in one."""
+
+    def __init__(self):
+        self.metrics, self.notes = [], []
+
+    def log_metrics(self, metrics, step):
+        self.metrics += [(name, step, value) for name, value in metrics.items()]
+
+    def log_picture(self, picture, name, step): ...
+
+    def on_step(self, step, loss): ...
+
+    def on_validation(self, step, dice, mean, best): ...
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+def keyed_batches(first, last=1000, *, poison=()):
+    for number in range(first, last):
+        generator = torch.Generator().manual_seed(number)
+        image = torch.randn((2, 1, 6, 6, 6), generator=generator)
+        if number in poison:
+            image[0, 0, 0, 0, 0] = math.nan
+        yield {"image": image, "label": (image > 0).to(torch.uint8), "case": ["a", "b"]}
+
+
+@pytest.fixture
+def make():
+    """Makes trainers, and closes their folders after the test."""
+    made = []
+
+    def factory(*args, **options):
+        made.append(make_trainer(*args, **options))
+        return made[-1]
+
+    yield factory
+    for trainer, _ in made:
+        trainer.folder.close()
+
+
+def make_trainer(folder: Path, *, batches=keyed_batches, validate=None, dropout=0.3, **numbers) -> tuple[Trainer, Recorder]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.Dropout3d(dropout), nn.Conv3d(4, 2, 1))
+    settings = Settings(**{"iterations": 12, "validate_every": 4, "lr": 0.01, "clip_grad_norm": 1.0, **numbers})
+    recorder = Recorder()
+    optimizer = optim.make_optimizer("adamw", network.parameters(), lr=0.01, weight_decay=0.1, momentum=0.9, betas=(0.9, 0.99))
+    trainer = Trainer(
+        Fabric(accelerator="cpu", devices=1),
+        network,
+        loss=Compound([CrossEntropy()], [1.0]),
+        optimizer=optimizer,
+        rate=optim.poly(12),
+        batches=batches,
+        target=LABELS.target,
+        validate=validate or (lambda net: Validation([("a", "organ", 0.5 + 0.01 * float(net[0].bias.sum().detach()))])),
+        settings=settings,
+        folder=RunFolder(folder),
+        tracker=recorder,
+        observer=recorder,
+    )
+    return trainer, recorder
+
+
+def weights(trainer: Trainer) -> list[np.ndarray]:
+    return [tensor.numpy().copy() for tensor in trainer.trained.state_dict().values()]
+
+
+def same(a: Trainer, b: Trainer) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("stop_after", [1, 4, 7])
+def test_an_interrupted_and_resumed_training_ends_with_the_same_bits(make, tmp_path, ema, stop_after):
+    whole, recorded = make(tmp_path / "whole", ema=ema)
+    whole.fit()
+
+    def interrupting(first):
+        for number, batch in enumerate(keyed_batches(first), first):
+            if number == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    first, before = make(tmp_path / "broken", ema=ema, batches=interrupting)
+    with pytest.raises(Interrupted, match="SIGTERM after"):
+        first.fit()
+    first.folder.close()
+    second, after = make(tmp_path / "broken", ema=ema)
+    second.fit()
+    assert same(whole, second)
+    assert second.progress == whole.progress
+    assert dict.fromkeys(before.metrics + after.metrics) == dict.fromkeys(recorded.metrics)
+    for name in ("log.jsonl", "validation.csv"):
+        assert (tmp_path / "broken" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_accumulated_batches_count_as_one_large_batch(make, tmp_path):
+    def pairs(first):  # the same samples, two batches at once
+        for number in range(first, 100):
+            a, b = (next(iter(keyed_batches(2 * number + n))) for n in range(2))
+            yield {key: torch.cat([a[key], b[key]]) for key in ("image", "label")} | {"case": ["a"]}
+
+    def without_norm(trainer):
+        trainer.network.module[1] = nn.Identity()  # batch statistics would differ
+        return trainer
+
+    small = without_norm(make(tmp_path / "small", accumulate=2, dropout=0.0)[0])
+    large = without_norm(make(tmp_path / "large", batches=pairs, dropout=0.0)[0])
+    small.fit()
+    large.fit()
+    for a, b in zip(weights(small), weights(large), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_a_single_nan_is_skipped(make, tmp_path):
+    trainer, _ = make(tmp_path, batches=lambda first: keyed_batches(first, poison=[3]))
+    progress = trainer.fit()
+    assert progress.step == 12
+    assert progress.restores == 0
+    assert all(np.isfinite(w).all() for w in weights(trainer))
+
+
+def test_a_loss_that_stays_nan_ends_with_the_cases_named(make, tmp_path):
+    trainer, recorder = make(tmp_path, batches=lambda first: keyed_batches(first, poison=range(5, 100)))
+    with pytest.raises(TrainingError, match=r"E-NAN-LOSS .* look at cases a, b"):
+        trainer.fit()
+    assert sum("learning rate ×" in note for note in recorder.notes) == 3
+
+
+def test_training_stops_early_when_nothing_improves(make, tmp_path):
+    scores = iter([0.1, 0.5, 0.4, 0.45, 0.3, 0.2])
+    trainer, _ = make(
+        tmp_path, validate=lambda net: Validation([("a", "organ", next(scores))]), early_stop=2, iterations=24
+    )
+    progress = trainer.fit()
+    assert progress.step == 16
+    assert progress.best_step == 8
+
+
+def test_the_best_checkpoint_holds_the_weights_of_its_step(make, tmp_path):
+    seen = {}
+
+    def validate(net):
+        step = 4 * (len(seen) + 1)
+        seen[step] = net[0].weight.detach().clone()
+        return Validation([("a", "organ", {4: 0.2, 8: 0.6, 12: 0.4}[step])])
+
+    trainer, _ = make(tmp_path, validate=validate)
+    trainer.fit()
+    best = trainer.best.load()
+    assert best["step"] == 8
+    assert torch.equal(best["network"]["0.weight"], seen[8])
+
+
+def test_an_organ_absent_from_every_case_does_not_count(make, tmp_path):
+    rows = [("a", "liver", 0.8), ("a", "tumour", math.nan), ("b", "liver", 0.6), ("b", "tumour", math.nan)]
+    dice = Validation(rows).dice
+    assert dice["liver"] == pytest.approx(0.7)
+    assert math.isnan(dice["tumour"])
+    trainer, _ = make(tmp_path, validate=lambda net: Validation(rows))
+    assert trainer.fit().scores[-1] == pytest.approx(0.7)
+
+
+def test_logged_losses_are_means_over_ten_steps(make, tmp_path):
+    trainer, _ = make(tmp_path)
+    losses = []
+    step = trainer.train_step
+    trainer.train_step = lambda batches: losses.append(step(batches)) or losses[-1]
+    trainer.fit()
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["train/loss"] == pytest.approx(np.mean(losses[:10]))
