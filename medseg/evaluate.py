@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from medseg.data.inputs import MANIFEST_SUFFIX, check_unique, find_cases, manifest_cases
-from medseg.data.manifest import Case, Manifest
+from medseg.data.inputs import MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases, manifest_cases
+from medseg.data.manifest import Manifest
 from medseg.data.nifti import check_label_values, read_label
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems
@@ -76,7 +76,12 @@ def evaluate(
     for name in metrics:
         METRICS[name]
     expected, manifest = _references(references, split)
-    pairs, unmatched = _matched(find_cases([predictions]), expected, references)
+    predicted = _predictions(predictions)
+    if predictions.is_file() and references.is_file() and not manifest:  # they need no common name
+        pairs = [Pair(*predicted.popitem(), *expected.values())]
+        unmatched: dict[str, list[str]] = {"predictions": [], "references": []}
+    else:
+        pairs, unmatched = _matched(predicted, expected, references)
     if manifest and split is None:  # nobody said that all of them should have been predicted
         unmatched["references"] = []
     _warn_of(unmatched)
@@ -96,6 +101,13 @@ def evaluate(
     }
 
 
+def _predictions(path: Path) -> dict[str, Path]:
+    """Label map of each case; probabilities that stand beside them are none."""
+    cases = find_cases([path])
+    check_unique(cases)
+    return {case.id: case.images[0] for case in cases if not case.id.endswith(PROBABILITIES)}
+
+
 def _references(path: Path, split: str | None) -> tuple[dict[str, Path], Manifest | None]:
     """Label map of each case, and the manifest they come from."""
     if path.suffix != MANIFEST_SUFFIX:
@@ -109,13 +121,9 @@ def _references(path: Path, split: str | None) -> tuple[dict[str, Path], Manifes
 
 
 def _matched(
-    predictions: Sequence[Case], references: Mapping[str, Path], where: Path
+    predicted: Mapping[str, Path], references: Mapping[str, Path], where: Path
 ) -> tuple[list[Pair], dict[str, list[str]]]:
-    check_unique(predictions)
-    predicted = {case.id: case.images[0] for case in predictions}
-    if len(predicted) == len(references) == 1:  # two files named on the command line need no common name
-        (name, prediction), (reference,) = *predicted.items(), references.values()
-        return [Pair(name, prediction, reference)], {"predictions": [], "references": []}
+    """What has a counterpart, and what has none."""
     pairs = [Pair(name, predicted[name], references[name]) for name in references if name in predicted]
     unmatched = {
         "predictions": [name for name in predicted if name not in references],

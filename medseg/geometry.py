@@ -52,7 +52,9 @@ class Geometry:
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
             raise GeometryError("E-AFFINE", f"affine {affine.tolist()}; it must be 4 × 4 and finite")
         if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-            raise GeometryError("E-AFFINE", f"affine {affine.tolist()} is singular: two axes coincide or a spacing is 0")
+            raise GeometryError(
+                "E-AFFINE", f"affine {affine.tolist()} is singular: two axes coincide or a spacing is 0"
+            )
         affine.setflags(write=False)
         object.__setattr__(self, "affine", affine)
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))

@@ -45,12 +45,16 @@ class Labels:
         if len(set(self.names.values())) < len(values):
             raise DataError("E-LABELS", f"two labels share a name: {list(self.names.values())}")
         if self.ignore_label is not None and self.ignore_label in self.names:
-            raise DataError("E-LABELS", f"ignore_label {self.ignore_label} is also the label {self.names[self.ignore_label]!r}")
+            raise DataError(
+                "E-LABELS", f"ignore_label {self.ignore_label} is also the label {self.names[self.ignore_label]!r}"
+            )
         used = [v for united in self.regions.values() for v in united]
         used += [*self.region_order, *[v for pair in self.pairs for v in pair]]
         unknown = sorted({v for v in used if v not in self.names})
         if unknown:
-            raise DataError("E-LABELS", f"regions, region_order or pairs name label {unknown}, which labels do not declare")
+            raise DataError(
+                "E-LABELS", f"regions, region_order or pairs name label {unknown}, which labels do not declare"
+            )
         if self.regions and len(self.region_order) != len(self.regions):
             raise DataError(
                 "E-LABELS",
@@ -91,7 +95,9 @@ class Labels:
             label = label.where(mask, torch.zeros_like(label))
         if not self.regions:
             return label[:, 0].long(), mask
-        united = [torch.isin(label, torch.tensor(v, device=label.device, dtype=label.dtype)) for v in self.regions.values()]
+        united = [
+            torch.isin(label, torch.tensor(v, device=label.device, dtype=label.dtype)) for v in self.regions.values()
+        ]
         return torch.cat(united, dim=1).float(), mask
 
     def segment(self, logits: Tensor) -> Tensor:

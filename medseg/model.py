@@ -175,7 +175,10 @@ def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> 
 
     folder.mkdir(parents=True, exist_ok=True)
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
-    described = {**spec.to_dict(), "weights": {"file": "model.safetensors", "sha256": hashlib.sha256(content).hexdigest()}}
+    described = {
+        **spec.to_dict(),
+        "weights": {"file": "model.safetensors", "sha256": hashlib.sha256(content).hexdigest()},
+    }
     write_atomically(folder / "model.safetensors", content)
     write_atomically(folder / "model.json", json.dumps(described, indent=2).encode() + b"\n")
 
@@ -205,7 +208,9 @@ def load_model(folder: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ModelError("E-MODEL-WEIGHTS", f"cannot be read ({error.strerror}); copy the whole model folder", where=str(path)) from None
+        raise ModelError(
+            "E-MODEL-WEIGHTS", f"cannot be read ({error.strerror}); copy the whole model folder", where=str(path)
+        ) from None
     found, expected = hashlib.sha256(content).hexdigest(), data["weights"]["sha256"]
     if found != expected:
         raise ModelError(
@@ -221,12 +226,21 @@ def _read_json(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except OSError as error:
-        raise ModelError("E-MODEL", f"cannot be read ({error.strerror}); a model folder holds model.json and model.safetensors", where=str(path)) from None
+        raise ModelError(
+            "E-MODEL",
+            f"cannot be read ({error.strerror}); a model folder holds model.json and model.safetensors",
+            where=str(path),
+        ) from None
     except ValueError as error:
         raise ModelError("E-MODEL", f"is not JSON ({error}); copy the folder again", where=str(path)) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ModelError("E-MODEL", f"is not of format {FORMAT}, the one this version of medseg reads", where=str(path))
-    missing = sorted({"network", "channels", "labels", "preprocessing", "window", "weights", "postprocess", "provenance"} - data.keys())
+    missing = sorted(
+        {"network", "channels", "labels", "preprocessing", "window", "weights", "postprocess", "provenance"}
+        - data.keys()
+    )
     if missing:
-        raise ModelError("E-MODEL", f"lacks {', '.join(missing)}; train again or copy the folder again", where=str(path))
+        raise ModelError(
+            "E-MODEL", f"lacks {', '.join(missing)}; train again or copy the folder again", where=str(path)
+        )
     return data

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.build.model import predictor
-from medseg.data.inputs import check_unique, find_cases
+from medseg.data.inputs import PROBABILITIES, check_unique, find_cases
 from medseg.data.manifest import Case
 from medseg.data.nifti import write_volume
 from medseg.data.transforms import Prepared
@@ -19,9 +19,6 @@ from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.files import remove_leftovers
 from medseg.inference.predictor import Predictor
-
-PROBABILITIES = "_probabilities"
-"""Appended to a case's id, names the file with a channel for each of the network's outputs."""
 
 Result = dict[str, Any]
 

@@ -50,7 +50,9 @@ class Registry(Mapping[str, T]):
         return name in self._entries
 
 
-def check_arguments(what: str, function: Callable[..., Any], args: Mapping[str, Any], given: Collection[str] = ()) -> None:
+def check_arguments(
+    what: str, function: Callable[..., Any], args: Mapping[str, Any], given: Collection[str] = ()
+) -> None:
     """Refuse arguments that a part does not take, before it is called.
 
     Args:

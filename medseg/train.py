@@ -7,7 +7,6 @@ import json
 import math
 import secrets
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from medseg.model import save_model
 from medseg.training.live import LiveDisplay
 from medseg.training.run_folder import RunFolder
 from medseg.training.trainer import Progress, Trainer
+from medseg.training.validator import Validator
 from medseg.workflow import Workflow
 
 RUNS = Path("runs")
@@ -86,34 +86,26 @@ def _train_fold(
     plan: Workflow, path: Path, fold: int, hardware: Hardware, *, parent_run_id: str | None = None
 ) -> Result:
     started = time.monotonic()
-    folder = RunFolder(path)
     data = training_data(plan, fold)
-    _record(plan, data, folder)
-    tracker = make_tracker(
-        plan,
-        path,
-        run_name=f"{plan.name}-fold{fold}",
-        tags=_tags(plan, data),
-        parent_run_id=parent_run_id,
-    )
-    try:
-        with LiveDisplay(console(), f"{plan.name} fold {fold}", plan.train.iterations) as display:
-            trainer = make_trainer(
-                plan, data, folder=folder, tracker=tracker, observer=display, hardware=hardware
-            )
-            progress = trainer.fit()
-        result = _finish(plan, data, trainer, progress, tracker)
-    except Interrupted:
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
-    finally:
-        folder.close()
-    result["seconds"] = round(time.monotonic() - started, 1)
-    tracker.log_metrics({"seconds": result["seconds"]}, progress.step)
-    tracker.finish("FINISHED")
+    display = LiveDisplay(console(), f"{plan.name} fold {fold}", plan.train.iterations)
+    trainer = make_trainer(plan, data, observer=display, hardware=hardware)
+    with RunFolder(path) as folder:  # only now: what cannot be built leaves no trace
+        _record(plan, data, folder)
+        tags = _tags(plan, data)
+        tracker = make_tracker(plan, path, run_name=f"{plan.name}-fold{fold}", tags=tags, parent_run_id=parent_run_id)
+        try:
+            with display:
+                progress = trainer.fit(folder, tracker)
+            result = _finish(plan, data, trainer, progress, tracker)
+            result["seconds"] = round(time.monotonic() - started, 1)
+            tracker.log_metrics({"seconds": result["seconds"]}, progress.step)
+        except Interrupted:
+            tracker.finish("KILLED")
+            raise
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        tracker.finish("FINISHED")
     return result
 
 
@@ -192,7 +184,9 @@ def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
     except BaseException:
         parent.finish("FAILED")
         raise
-    best = {organ: float(np.nanmean([r["best"]["dice"][organ] for r in results])) for organ in results[0]["best"]["dice"]}
+    best = {
+        organ: float(np.nanmean([r["best"]["dice"][organ] for r in results])) for organ in results[0]["best"]["dice"]
+    }
     mean = float(np.mean([r["best"]["mean_dice"] for r in results]))
     parent.log_metrics({f"cv/dice/{organ}": value for organ, value in best.items()} | {"cv/mean_dice": mean}, 0)
     parent.finish("FINISHED")
@@ -209,21 +203,18 @@ def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
 def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
     """Build everything, time a few iterations and one validation case, and extrapolate."""
     data = training_data(plan, fold)
-    with tempfile.TemporaryDirectory(prefix="medseg-") as scratch:
-        folder = RunFolder(Path(scratch))
-        display = LiveDisplay(console(), plan.name, plan.train.iterations)
-        trainer = make_trainer(plan, data, folder=folder, tracker=_NoTracker(), observer=display, hardware=hardware)
-        seconds = []
+    display = LiveDisplay(console(), plan.name, plan.train.iterations)
+    trainer = make_trainer(plan, data, observer=display, hardware=hardware)
+    seconds = []
+    asked = time.monotonic()
+    for batch, _ in zip(trainer.batches(0), range(REHEARSED_ITERATIONS * plan.train.accumulate), strict=False):
+        loss = trainer.train_step([trainer.fabric.to_device(batch)])
+        seconds.append(time.monotonic() - asked)
         asked = time.monotonic()
-        for batch, _ in zip(trainer.batches(0), range(REHEARSED_ITERATIONS * plan.train.accumulate), strict=False):
-            loss = trainer.train_step([trainer.fabric.to_device(batch)])
-            seconds.append(time.monotonic() - asked)
-            asked = time.monotonic()
-        assert trainer.validate is not None
-        trainer.trained.eval()
-        trainer.validate.predict(trainer.trained, data.validation[0])  # type: ignore[attr-defined]
-        validation = time.monotonic() - asked
-        folder.close()
+    assert isinstance(trainer.validate, Validator)
+    trainer.trained.eval()
+    trainer.validate.predict(trainer.trained, data.validation[0])
+    validation = time.monotonic() - asked
     step = float(np.median(seconds)) * plan.train.accumulate
     num_validations = math.ceil(plan.train.iterations / plan.train.validate_every)
     num_cases = min(plan.validate_.max_cases, len(data.validation))
@@ -243,12 +234,6 @@ def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
     }
 
 
-class _NoTracker:
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
-
-    def log_picture(self, picture: Any, name: str, step: int) -> None: ...
-
-
 def _fold(fold: str | None, plan: Workflow) -> int | None:
     """The fold to hold out; None for all of them."""
     if fold is None:
@@ -263,13 +248,19 @@ def _fold(fold: str | None, plan: Workflow) -> int | None:
 def _choose_folder(plan: Workflow, output: Path | None, *, resume: bool) -> Path:
     if not resume:
         if output and output.exists() and any(output.iterdir()):
-            raise WorkflowError("E-OUTPUT-EXISTS", "is not empty; add --resume to go on with it, or choose another", where=f"--output {output}")
+            raise WorkflowError(
+                "E-OUTPUT-EXISTS",
+                "is not empty; add --resume to go on with it, or choose another",
+                where=f"--output {output}",
+            )
         return output or RUNS / plan.name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if output:
         return output
     unfinished = [run for run in sorted((RUNS / plan.name).glob("*-*")) if not (run / "model" / "model.json").exists()]
     if not unfinished:
-        raise WorkflowError("E-RESUME", f"{RUNS / plan.name} holds no unfinished run; name one with --output", where="--resume")
+        raise WorkflowError(
+            "E-RESUME", f"{RUNS / plan.name} holds no unfinished run; name one with --output", where="--resume"
+        )
     return unfinished[-1]
 
 
@@ -284,7 +275,11 @@ def _record(plan: Workflow, data: TrainingData, folder: RunFolder) -> None:
         known = folder.path / name
         if known.exists() and known.read_text() != text:
             changed = _first_difference(known.read_text(), text)
-            raise WorkflowError("E-RESUME", f"differs from what this run began with: {changed}; undo that, or start a new run", where=str(known))
+            raise WorkflowError(
+                "E-RESUME",
+                f"differs from what this run began with: {changed}; undo that, or start a new run",
+                where=str(known),
+            )
         folder.write(name, text)
 
 
@@ -308,7 +303,9 @@ def _tags(plan: Workflow, data: TrainingData) -> dict[str, str]:
         "medseg.data_hash": hashlib.sha256(content.encode()).hexdigest()[:16],
         "medseg.git_commit": _git_commit(plan.file.parent),
         "medseg.versions": f"medseg {__version__}, torch {torch.__version__}, monai {monai.__version__}",
-        "medseg.hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        "medseg.hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
     }
 
 

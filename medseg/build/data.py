@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.data import phantom
-from medseg.data.dataset import CaseCache, CachedCase, absent_labels
+from medseg.data.dataset import CachedCase, CaseCache, absent_labels
 from medseg.data.manifest import Case, Manifest, cache_folder, expand_variables
 from medseg.data.nifti import read_geometry
 from medseg.data.transforms import foreground_statistics

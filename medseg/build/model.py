@@ -41,7 +41,9 @@ class Hardware:
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise WorkflowError("E-DEVICE", "no CUDA device is visible to torch; use --device cpu, or install torch with CUDA")
+            raise WorkflowError(
+                "E-DEVICE", "no CUDA device is visible to torch; use --device cpu, or install torch with CUDA"
+            )
         return self.device
 
 
@@ -125,5 +127,7 @@ def find_model(model: str, tracking_uri: str | None = None) -> Path:
         if (folder / "model.json").exists():
             return folder
     if path.is_dir():
-        raise ModelError("E-MODEL", "holds no model.json; name a model folder, or a run folder whose training has ended", where=model)
+        raise ModelError(
+            "E-MODEL", "holds no model.json; name a model folder, or a run folder whose training has ended", where=model
+        )
     return model_folder(model, tracking_uri)

@@ -25,13 +25,13 @@ from medseg.inference.sliding_window import sliding_window
 from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
 from medseg.metrics import METRICS
 from medseg.model import ModelSpec, load_model
+from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
 from medseg.registry import check_arguments
 from medseg.reporting.overlay import contour_picture
 from medseg.tracking.mlflow_tracker import MlflowTracker
 from medseg.training import optim
-from medseg.training.run_folder import RunFolder
-from medseg.training.trainer import Observer, Settings, Target, Tracker, Trainer
+from medseg.training.trainer import Observer, Settings, Target, Trainer
 from medseg.training.validator import Validator
 from medseg.workflow import Ramp as RampChoice
 from medseg.workflow import Workflow
@@ -41,23 +41,25 @@ def trainer(
     workflow: Workflow,
     data: TrainingData,
     *,
-    folder: RunFolder,
-    tracker: Tracker,
     observer: Observer,
     hardware: Hardware,
 ) -> Trainer:
-    """Everything that trains, ready to `fit`."""
+    """Everything that trains, ready to `fit`; nothing is written yet."""
     options = workflow.train
     spec = specification(workflow, data, {})
     torch.manual_seed(options.seed)
-    with workflow.blamed("network"):
+    with workflow.blamed("network", "name"):
+        NETS[spec.network]
+    with workflow.blamed("network", "args"):
         net = network(spec, deep_supervision=options.deep_supervision)
     with workflow.blamed("train", "patch_size"):
         _unwrapped(net).check_size(options.patch_size)
     with workflow.blamed("init"):
         _start_from(workflow, net)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on the console
-    fabric = Fabric(accelerator=hardware.accelerator, devices=hardware.devices, precision=_precision(workflow, hardware))
+    fabric = Fabric(
+        accelerator=hardware.accelerator, devices=hardware.devices, precision=_precision(workflow, hardware)
+    )
     if hardware.devices > 1:
         fabric.launch()
     parameters = options.optimizer
@@ -89,8 +91,6 @@ def trainer(
             seed=options.seed,
             scored=data.labels.organs,
         ),
-        folder=folder,
-        tracker=tracker,
         observer=observer,
     )
 
@@ -143,7 +143,9 @@ def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, hardware:
     cases = data.validation
     if len(cases) > chosen.max_cases:  # evenly spread, the same ones each time
         cases = [cases[n] for n in np.linspace(0, len(cases) - 1, chosen.max_cases).round().astype(int)]
-    return Validator(cases, data.labels, segment=segment, draw=draw, unions=chosen.unions, device=torch.device(hardware.accelerator))
+    return Validator(
+        cases, data.labels, segment=segment, draw=draw, unions=chosen.unions, device=torch.device(hardware.accelerator)
+    )
 
 
 def tracker(
@@ -176,7 +178,9 @@ def _start_from(workflow: Workflow, net: nn.Module) -> None:
     missing = [name for name in own if name not in weights and not name.startswith(workflow.init.skip)]
     if wrong or missing:
         listed = "; ".join([*wrong, *[f"{name} missing in the model" for name in missing]][:8])
-        raise WorkflowError("E-INIT", f"{len(wrong) + len(missing)} weights do not fit: {listed}; list their beginnings in init.skip")
+        raise WorkflowError(
+            "E-INIT", f"{len(wrong) + len(missing)} weights do not fit: {listed}; list their beginnings in init.skip"
+        )
     net.load_state_dict({**own, **kept})
 
 

@@ -28,9 +28,9 @@ from medseg.data.nifti import check_label_values
 from medseg.data.transforms import Prepared, preprocess
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems
+from medseg.files import remove_leftovers, sha256_of, temporary_path, write_atomically
 from medseg.geometry import Geometry
 from medseg.labels import Labels
-from medseg.files import remove_leftovers, sha256_of, temporary_path, write_atomically
 from medseg.model import Preprocessing
 
 CACHE_FORMAT = 1
@@ -244,7 +244,9 @@ class StepSampler(Sampler[list[int]]):
         return len(self.steps)
 
 
-def patch_loader(dataset: PatchDataset, sampler: StepSampler, *, workers: int, pin_memory: bool = False) -> DataLoader[Patch]:
+def patch_loader(
+    dataset: PatchDataset, sampler: StepSampler, *, workers: int, pin_memory: bool = False
+) -> DataLoader[Patch]:
     """Batches: ``image`` (B, C, I, J, K), ``label`` (B, 1, I, J, K), ``case`` list of ids."""
     return DataLoader(
         dataset,
@@ -263,7 +265,9 @@ def inside(center: npt.NDArray[np.int64], shape: npt.NDArray[np.int64], size: Se
     return np.where(high < low, shape // 2, np.clip(center, low, np.maximum(low, high)))
 
 
-def read_patch(array: npt.NDArray[Any], center: Sequence[int] | npt.NDArray[np.int64], size: Sequence[int]) -> npt.NDArray[Any]:
+def read_patch(
+    array: npt.NDArray[Any], center: Sequence[int] | npt.NDArray[np.int64], size: Sequence[int]
+) -> npt.NDArray[Any]:
     """Copy a patch out of (C, I, J, K), zeros where it hangs over the edge."""
     start = np.asarray(center) - np.asarray(size) // 2
     stop = start + np.asarray(size)
@@ -309,7 +313,9 @@ def _save(prepared: Prepared, folder: Path, labels: Labels) -> None:
         where = np.flatnonzero(label[0] == value)
         counts[int(value)] = len(where)
         if value != 0 and value != labels.ignore_label:
-            chosen = generator.choice(where, VOXELS_PER_CLASS, replace=False) if len(where) > VOXELS_PER_CLASS else where
+            chosen = (
+                generator.choice(where, VOXELS_PER_CLASS, replace=False) if len(where) > VOXELS_PER_CLASS else where
+            )
             voxels[str(value)] = np.stack(np.unravel_index(chosen, label.shape[1:]), axis=1)
     np.savez(folder / "voxels.npz", **voxels)  # type: ignore[arg-type]  # numpy's stub wants one type for all keywords
     description = {"source": prepared.source.to_dict(), "geometry": prepared.geometry.to_dict(), "voxels": counts}

@@ -16,6 +16,9 @@ from medseg.registry import did_you_mean
 
 MANIFEST_SUFFIX = ".json"
 
+PROBABILITIES = "_probabilities"
+"""Appended to a case's id, names the file of its probabilities, beside its segmentation."""
+
 
 def find_cases(inputs: Sequence[Path], *, split: str | None = None) -> list[Case]:
     """The cases that the inputs mean.

@@ -92,7 +92,9 @@ class Manifest:
         except DataError as error:
             raise DataError(error.error_id, error.message, where=str(path)) from None
         except (TypeError, ValueError, AttributeError):
-            raise DataError("E-LABELS", 'labels must look like {"0": "background", "1": "liver"}', where=str(path)) from None
+            raise DataError(
+                "E-LABELS", 'labels must look like {"0": "background", "1": "liver"}', where=str(path)
+            ) from None
         root = _root(data, path)
         modality = data.get("modality") or data.get("channel_names") or {"0": "image"}
         channels = tuple(modality.values()) if isinstance(modality, dict) else tuple(modality)
@@ -123,10 +125,18 @@ class Manifest:
         for case in (*self.training, *self.test):
             for file in case.files:
                 if not file.exists():
-                    problems.append(DataError("E-MISSING-FILE", f"{file} does not exist; check root and paths", where=f"case {case.id}"))
+                    problems.append(
+                        DataError(
+                            "E-MISSING-FILE", f"{file} does not exist; check root and paths", where=f"case {case.id}"
+                        )
+                    )
         for case in self.training:
             if case.label is None:
-                problems.append(DataError("E-MISSING-LABEL", "a training case needs a label; move it to test", where=f"case {case.id}"))
+                problems.append(
+                    DataError(
+                        "E-MISSING-LABEL", "a training case needs a label; move it to test", where=f"case {case.id}"
+                    )
+                )
         if problems:
             raise Problems(problems)
 
@@ -163,7 +173,9 @@ class Manifest:
         given = {case.id: case.fold for case in self.training if case.fold is not None}
         if given and len(given) < len(self.training):
             without = [case.id for case in self.training if case.fold is None]
-            raise DataError("E-FOLD", f"cases {without[:5]} have no fold although others do; give all or none", where=str(self.path))
+            raise DataError(
+                "E-FOLD", f"cases {without[:5]} have no fold although others do; give all or none", where=str(self.path)
+            )
         if given:
             return given
         fold_of = assign_folds([case.patient for case in self.training])
@@ -175,7 +187,11 @@ class Manifest:
 
         def entry(case: Case) -> dict[str, Any]:
             images = [str(image) for image in case.images]
-            full: dict[str, Any] = {"id": case.id, "patient": case.patient, "image": images if len(images) > 1 else images[0]}
+            full: dict[str, Any] = {
+                "id": case.id,
+                "patient": case.patient,
+                "image": images if len(images) > 1 else images[0],
+            }
             if case.label:
                 full["label"] = str(case.label)
             if case.id in folds:
@@ -218,7 +234,11 @@ def case_id(image: Path) -> str:
 def cache_folder() -> Path:
     """Where medseg keeps what it can make again: ``$MEDSEG_CACHE``, else ``~/.cache/medseg``."""
     chosen = os.environ.get("MEDSEG_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "medseg"
+    return (
+        Path(chosen).expanduser()
+        if chosen
+        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "medseg"
+    )
 
 
 def expand_variables(text: str, where: str) -> str:
@@ -231,7 +251,11 @@ def expand_variables(text: str, where: str) -> str:
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in os.environ:
-            raise DataError("E-VARIABLE", f"{text!r} needs the environment variable {name}; set it, e.g. {name}=/path/to/data", where=where)
+            raise DataError(
+                "E-VARIABLE",
+                f"{text!r} needs the environment variable {name}; set it, e.g. {name}=/path/to/data",
+                where=where,
+            )
         return os.environ[name]
 
     return re.sub(r"\$\{(\w+)\}", value, text)
@@ -242,7 +266,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except OSError as error:
         near = [other.name for other in path.parent.glob("*.json")] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, near) if near else f"; its folder {'has no .json file' if path.parent.is_dir() else 'does not exist'}"
+        hint = (
+            did_you_mean(path.name, near)
+            if near
+            else f"; its folder {'has no .json file' if path.parent.is_dir() else 'does not exist'}"
+        )
         raise DataError("E-MANIFEST", f"cannot be read ({error.strerror}){hint}", where=str(path)) from None
     except ValueError as error:
         raise DataError("E-MANIFEST", f"is not JSON: {error}", where=str(path)) from None

@@ -1,6 +1,6 @@
 """Random changes of place: rotation, scaling and mirroring, image and label from one draw.
 
-MONAI dictionary transforms that also compose with any other of MONAI's.
+MONAI dictionary transforms; they compose with any other of MONAI's.
 """
 
 from __future__ import annotations

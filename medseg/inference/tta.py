@@ -38,7 +38,7 @@ class Mirrored(nn.Module):
         for flip in flips:
             dims = [axis + 2 for axis in flip]
             logits = self.network(image.flip(dims)).flip(dims)
-            total += logits[:, self.exchanged] if LEFT_RIGHT_AXIS in flip else logits
+            total = total + (logits[:, self.exchanged] if LEFT_RIGHT_AXIS in flip else logits)
         return total / (1 + len(flips))
 
 

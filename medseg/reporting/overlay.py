@@ -100,52 +100,57 @@ def contour_picture(
     from matplotlib.figure import Figure
 
     maps = (prediction, reference)
+    assert all(m is None or m.shape == image.shape for m in maps), "label maps must be on the image's grid"
     panels = _panels(image, maps, labels, spacing_mm)
     figure = Figure(dpi=DPI, facecolor=BACKGROUND)
     window = window or _window(image)
     for panel, axes in zip(panels, _arrange(figure, [panel.size_mm for panel in panels]), strict=True):
         _draw(axes, panel, labels, window)
-    present = [n for n, values in enumerate(labels.organ_values.values()) if any(_holds(m, values) for m in maps)]
+    shown = {int(value) for panel in panels for m in panel.masks if m is not None for value in np.unique(m)}
+    present = [n for n, values in enumerate(labels.organ_values.values()) if shown.intersection(values)]
     _write(figure, title, labels, present, has_reference=reference is not None)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def informative_slice(maps: Sequence[Array], labels: Labels, axis: int) -> int | None:
-    """The slice that shows most of every organ, a small organ counting as much as a large one.
+def informative_slices(maps: Sequence[Array], labels: Labels) -> tuple[int, ...] | None:
+    """Along each axis the slice that shows most of every organ, a small organ counting as much as a large one.
 
     Args:
         maps: Label maps (I, J, K).
         labels: What their values mean.
-        axis: Normal to the slices.
 
     Returns:
-        Its index; None if the maps are empty.
+        An index for each axis; None if there is no organ.
     """
-    others = tuple(a for a in range(3) if a != axis)
-    areas = [np.isin(m, values).sum(axis=others) for m in maps for values in labels.organ_values.values()]
-    shares = [area / area.max() for area in areas if area.any()]
-    return int(np.argmax(np.sum(shares, axis=0))) if shares else None
+    shares = [np.zeros(n) for n in maps[0].shape] if maps else []
+    for label_map in maps:
+        where = np.nonzero(label_map)  # once: few voxels are organ
+        found = label_map[where]
+        for values in labels.organ_values.values():
+            chosen = np.isin(found, values)
+            for share, index in zip(shares, where, strict=True):
+                area = np.bincount(index[chosen], minlength=len(share))
+                share += area / max(area.max(), 1)
+    return tuple(int(share.argmax()) for share in shares) if shares and shares[0].any() else None
 
 
 def _panels(image: Array, maps: Sequence[Array | None], labels: Labels, spacing_mm: Sequence[float]) -> list[Panel]:
     if image.ndim == 2:
         size = (image.shape[1] * spacing_mm[1], image.shape[0] * spacing_mm[0])
         return [Panel(image, tuple(maps), size, ("", ""))]
+    indices = informative_slices([m for m in maps if m is not None], labels) or tuple(n // 2 for n in image.shape)
     panels = []
-    given = [m for m in maps if m is not None]
     for plane in PLANES:
-        index = informative_slice(given, labels, plane.axis)
-        index = image.shape[plane.axis] // 2 if index is None else index
-
-        def cut(array: Array, plane: Plane = plane, index: int = index) -> Array:
-            return array.take(index, axis=plane.axis).T[::-1, ::-1]  # (across, up) → rows from the top
-
-        masks = tuple(None if m is None else cut(m) for m in maps)
-        width, height = (image.shape[a] * spacing_mm[a] for a in (plane.across, plane.up))
-        panels.append(Panel(cut(image), masks, (width, height), plane.marks))
+        masks = tuple(None if m is None else _cut(m, plane, indices) for m in maps)
+        size = (image.shape[plane.across] * spacing_mm[plane.across], image.shape[plane.up] * spacing_mm[plane.up])
+        panels.append(Panel(_cut(image, plane, indices), masks, size, plane.marks))
     return panels
+
+
+def _cut(array: Array, plane: Plane, indices: Sequence[int]) -> Array:
+    return np.moveaxis(array, plane.axis, 0)[indices[plane.axis]].T[::-1, ::-1]  # (across, up) → rows from the top
 
 
 def _arrange(figure: Figure, sizes_mm: Sequence[tuple[float, float]]) -> Iterator[Axes]:
@@ -215,7 +220,3 @@ def _window(image: Array) -> tuple[float, float]:
     values = np.asarray(image).ravel()
     low, high = np.nanpercentile(values[:: max(1, values.size // WINDOW_VOXELS)], WINDOW_PERCENTILES)
     return float(low), float(max(high, low + 1e-6))
-
-
-def _holds(label_map: Array | None, values: Sequence[int]) -> bool:
-    return label_map is not None and bool(np.isin(label_map, values).any())

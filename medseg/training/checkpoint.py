@@ -67,7 +67,9 @@ class Checkpoints:
             except (OSError, RuntimeError, pickle.UnpicklingError) as error:
                 log.warning("W-CHECKPOINT %s: cannot be used (%s); falling back to the one before", path, error)
         if stamps:
-            raise ModelError("E-CHECKPOINT", "no checkpoint is intact; start again without --resume", where=str(self.folder))
+            raise ModelError(
+                "E-CHECKPOINT", "no checkpoint is intact; start again without --resume", where=str(self.folder)
+            )
         return None
 
     def clear_after(self, step: int) -> None:

@@ -18,7 +18,7 @@ VALIDATION_COLUMNS = ("step", "case", "organ", "dice")
 
 
 class RunFolder:
-    """``runs/<workflow>/<time>-<id>/``.
+    """``runs/<workflow>/<time>-<id>/``, locked while it is open.
 
     Args:
         path: Made if need be.
@@ -35,7 +35,11 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies, however
         except OSError:
             self._lock.close()
-            raise WorkflowError("E-RUN-LOCKED", "another training writes into this folder; wait, or choose another --output", where=str(path)) from None
+            raise WorkflowError(
+                "E-RUN-LOCKED",
+                "another training writes into this folder; wait, or choose another --output",
+                where=str(path),
+            ) from None
         remove_leftovers(path)
 
     @property
@@ -86,7 +90,9 @@ class RunFolder:
             write_atomically(self.log_file, "".join(f"{line}\n" for line in kept).encode())
         if self.validation_table.exists():
             header, *rows = self.validation_table.read_text().splitlines() or [""]
-            kept = [row for row in rows if row.count(",") == len(VALIDATION_COLUMNS) - 1 and int(row.split(",")[0]) <= step]
+            kept = [
+                row for row in rows if row.count(",") == len(VALIDATION_COLUMNS) - 1 and int(row.split(",")[0]) <= step
+            ]
             write_atomically(self.validation_table, "".join(f"{line}\n" for line in [header, *kept]).encode())
         for folder in self.pictures.glob("step-*"):
             if int(folder.name.split("-")[1]) > step:
@@ -94,7 +100,14 @@ class RunFolder:
                     picture.unlink()
                 os.rmdir(folder)
 
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """Let others write into it."""
         self._lock.close()
         (self.path / ".lock").unlink(missing_ok=True)
 

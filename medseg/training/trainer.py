@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -121,8 +120,6 @@ class Trainer:
         target: Label batch → (target, mask) as the loss wants it.
         validate: Network → scores; None: never.
         settings: The numbers.
-        folder: Where checkpoints, tables and pictures go.
-        tracker: Where metrics go.
         observer: Who watches.
     """
 
@@ -138,8 +135,6 @@ class Trainer:
         target: Target,
         validate: Callable[[nn.Module], Validation] | None,
         settings: Settings,
-        folder: RunFolder,
-        tracker: Tracker,
         observer: Observer,
     ) -> None:
         self.fabric = fabric
@@ -151,11 +146,7 @@ class Trainer:
         self.target = target
         self.validate = validate
         self.settings = settings
-        self.folder = folder
-        self.tracker = tracker
         self.observer = observer
-        self.last = Checkpoints(folder.checkpoints / "last", keep=2)
-        self.best = Checkpoints(folder.checkpoints / "best", keep=2)
         self.progress = Progress()
         self.seconds_waiting = 0.0
         self.seconds_training = 0.0
@@ -166,13 +157,20 @@ class Trainer:
         """The network that is validated and kept: the averaged one if there is an EMA."""
         return self.ema.module if self.ema else self.network.module
 
-    def fit(self) -> Progress:
+    def fit(self, folder: RunFolder, tracker: Tracker) -> Progress:
         """Train from where the run folder's last checkpoint stands, to the end.
+
+        Args:
+            folder: Where checkpoints, tables and pictures go.
+            tracker: Where metrics go.
 
         Raises:
             Interrupted: After SIGTERM or Ctrl-C; the state is saved.
             TrainingError: If the loss stays NaN or infinite.
         """
+        self.folder, self.tracker = folder, tracker
+        self.last = Checkpoints(folder.checkpoints / "last", keep=2)
+        self.best = Checkpoints(folder.checkpoints / "best", keep=2)
         self._resume()
         with self._signals():
             while not self._finished():
@@ -197,7 +195,9 @@ class Trainer:
             group["lr"] = settings.lr * progress.lr_scale * self.rate(progress.step, progress.scores)
         if hasattr(self.loss, "set_step"):
             self.loss.set_step(progress.step)
-        buffers = [buffer.clone() for buffer in self.network.buffers()]  # batch norm's, which a NaN would spoil for good
+        buffers = [
+            buffer.clone() for buffer in self.network.buffers()
+        ]  # batch norm's, which a NaN would spoil for good
         total = 0.0
         for n, batch in enumerate(batches):
             with self.fabric.no_backward_sync(self.network, enabled=n + 1 < len(batches)):
@@ -251,7 +251,10 @@ class Trainer:
                 self.save()
                 saved = time.monotonic()
             if self._stop:
-                raise Interrupted("E-INTERRUPTED", f"{self._stop.name} after {progress.step} of {settings.iterations} iterations; everything is saved")
+                raise Interrupted(
+                    "E-INTERRUPTED",
+                    f"{self._stop.name} after {progress.step} of {settings.iterations} iterations; everything is saved",
+                )
             if self._finished():
                 return
             asked = time.monotonic()
@@ -265,7 +268,9 @@ class Trainer:
         result = self.validate(network)
         network.train()
         dice = result.dice
-        scored = [value for organ, value in dice.items() if not math.isnan(value) and organ in (self.settings.scored or dice)]
+        scored = [
+            value for organ, value in dice.items() if not math.isnan(value) and organ in (self.settings.scored or dice)
+        ]
         mean = float(np.mean(scored)) if scored else 0.0
         if mean > progress.best:
             progress.best_step, progress.best_dice = progress.step, dice
@@ -275,7 +280,9 @@ class Trainer:
         progress.last_dice = dice
         if self.fabric.is_global_zero:
             self.folder.add_validation(progress.step, result.rows)
-            self.tracker.log_metrics({f"val/dice/{organ}": value for organ, value in dice.items()} | {"val/mean_dice": mean}, progress.step)
+            self.tracker.log_metrics(
+                {f"val/dice/{organ}": value for organ, value in dice.items()} | {"val/mean_dice": mean}, progress.step
+            )
             for case, picture in result.pictures.items():
                 self.tracker.log_picture(picture, case, progress.step)
         self.observer.on_validation(progress.step, dice, mean, progress.best)
@@ -285,7 +292,10 @@ class Trainer:
         progress.loss_sum += loss
         progress.loss_count += 1
         if progress.step % LOG_EVERY == 0:
-            values = {"train/loss": progress.loss_sum / progress.loss_count, "train/lr": self.optimizer.param_groups[0]["lr"]}
+            values = {
+                "train/loss": progress.loss_sum / progress.loss_count,
+                "train/lr": self.optimizer.param_groups[0]["lr"],
+            }
             progress.loss_sum, progress.loss_count = 0.0, 0
             if self.fabric.is_global_zero:
                 self.tracker.log_metrics(values, progress.step)
@@ -339,7 +349,9 @@ class Trainer:
         self._load(state)
         self.progress.restores, self.progress.lr_scale = restores, scale
         self.save()
-        self.observer.note(f"loss not finite {MAX_SKIPS} times in a row: back to iteration {self.progress.step}, learning rate × {scale}")
+        self.observer.note(
+            f"loss not finite {MAX_SKIPS} times in a row: back to iteration {self.progress.step}, learning rate × {scale}"
+        )
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -382,11 +394,3 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 def _mixed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def load_best(folder: Path) -> Mapping[str, Tensor]:
-    """Weights of a run's best checkpoint."""
-    state = Checkpoints(folder / "checkpoints" / "best", keep=1).load()
-    if state is None:
-        raise TrainingError("E-CHECKPOINT", "the run has no best checkpoint yet", where=str(folder))
-    return dict(state["network"])

@@ -277,7 +277,7 @@ def test_only_a_left_right_flip_exchanges_paired_labels(axis: int) -> None:
     result = RandFlipLabelsd(prob=1, axes=[axis], pairs=[(1, 2)])({"image": image, "label": label})
     expected = np.flip(label.numpy(), 1 + axis)
     if axis == 0:
-        expected = np.select([expected == 1, expected == 2], [2, 1], expected).astype(np.uint8)
+        expected = np.where(expected == 1, 2, np.where(expected == 2, 1, expected))
     np.testing.assert_array_equal(result["label"].numpy(), expected)
     np.testing.assert_array_equal(result["image"].numpy(), np.flip(image.numpy(), 1 + axis))
     assert result["label"].dtype == torch.uint8

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +62,19 @@ def make():
 
     yield factory
     for trainer, _ in made:
-        trainer.folder.close()
+        trainer.fit.args[0].close()
 
 
-def make_trainer(folder: Path, *, batches=keyed_batches, validate=None, dropout=0.3, **numbers) -> tuple[Trainer, Recorder]:
+def make_trainer(
+    folder: Path, *, batches=keyed_batches, validate=None, dropout=0.3, **numbers
+) -> tuple[Trainer, Recorder]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.Dropout3d(dropout), nn.Conv3d(4, 2, 1))
     settings = Settings(**{"iterations": 12, "validate_every": 4, "lr": 0.01, "clip_grad_norm": 1.0, **numbers})
     recorder = Recorder()
-    optimizer = optim.make_optimizer("adamw", network.parameters(), lr=0.01, weight_decay=0.1, momentum=0.9, betas=(0.9, 0.99))
+    optimizer = optim.make_optimizer(
+        "adamw", network.parameters(), lr=0.01, weight_decay=0.1, momentum=0.9, betas=(0.9, 0.99)
+    )
     trainer = Trainer(
         Fabric(accelerator="cpu", devices=1),
         network,
@@ -80,10 +85,9 @@ def make_trainer(folder: Path, *, batches=keyed_batches, validate=None, dropout=
         target=LABELS.target,
         validate=validate or (lambda net: Validation([("a", "organ", 0.5 + 0.01 * float(net[0].bias.sum().detach()))])),
         settings=settings,
-        folder=RunFolder(folder),
-        tracker=recorder,
         observer=recorder,
     )
+    trainer.fit = partial(trainer.fit, RunFolder(folder), recorder)
     return trainer, recorder
 
 

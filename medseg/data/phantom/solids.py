@@ -123,7 +123,9 @@ def trunk(half_width: float, half_depth: float, *, y: float = 0.0) -> Solid:
         size = 0.6 * np.sqrt(ellipse) + 0.4 * np.sqrt(np.sqrt(u2 * u2 + v2 * v2)) + 1e-3
         return np.hypot(x, y_ - y) * (1 - size) / size  # along the ray from the axis
 
-    return Solid(depth, (-half_width * 1.1, y - half_depth * 1.1, -math.inf), (half_width * 1.1, y + half_depth * 1.1, math.inf))
+    return Solid(
+        depth, (-half_width * 1.1, y - half_depth * 1.1, -math.inf), (half_width * 1.1, y + half_depth * 1.1, math.inf)
+    )
 
 
 def bent_tube(points: Sequence[Point], radii: Sequence[float]) -> Solid:

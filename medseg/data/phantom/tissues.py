@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from medseg.data.solids import Array
+from medseg.data.phantom.solids import Array
 
 FAT = -104.0
 GAS = -960.0

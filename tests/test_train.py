@@ -1,0 +1,284 @@
+"""The main job, from a workflow to a model, an MLflow run and tables; killed and resumed; broken and told so."""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from safetensors.numpy import load_file
+
+from medseg.data.nifti import read_label, read_volume, write_volume
+from medseg.errors import MedsegError
+from medseg.geometry import Geometry, Volume
+from medseg.predict import predict
+from medseg.train import train
+
+LABELS = {"0": "background", "1": "bright", "2": "dark"}
+WORKFLOW = """\
+name: tiny
+data:
+  manifest: dataset.json
+  spacing_mm: [1.0, 1.0, 2.0]
+network: {name: unet, args: {channels: [4, 8], dropout: 0.1}}
+train:
+  patch_size: [16, 16, 8]
+  batch_size: 2
+  iterations: 12
+  validate_every: 4
+  precision: fp32
+  ema: 0.9
+validate: {fold: 0}
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty working folder with a data set of six small scans and a workflow."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEDSEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_scans(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(WORKFLOW)
+    return tmp_path
+
+
+def write_scans(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    training = []
+    affine = np.array([[-1.0, 0, 0, 10], [0, -1.0, 0, 20], [0, 0, 2.0, -30], [0, 0, 0, 1]])  # LPS, as CTs come
+    for n in range(6):
+        label = np.zeros((1, 20, 22, 12), np.uint8)
+        i, j, k = generator.integers(2, (8, 8, 5))
+        label[0, i : i + 6, j : j + 6, k : k + 4] = 1
+        label[0, i : i + 6, j + 7 : j + 11, k : k + 4] = 2
+        image = generator.normal(0, 20, label.shape) + np.choose(label, [0, 200, -200])
+        paths = {kind: f"{kind}s/scan_{n}.nii.gz" for kind in ("image", "label")}
+        for kind, array in (("image", image.astype(np.int16)), ("label", label)):
+            (folder / f"{kind}s").mkdir(exist_ok=True)
+            write_volume(folder / paths[kind], Volume(array, Geometry((20, 22, 12), affine)))
+        training.append({**paths, "fold": n % 3})
+    (folder / "dataset.json").write_text(json.dumps({"name": "tiny", "labels": LABELS, "training": training}))
+
+
+def start(home: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "medseg.cli", "train", "tiny.yaml", *arguments],
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(home: Path, *arguments: str) -> dict:
+    process = start(home, "--json", *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def histories(home: Path, run_id: str) -> dict[str, dict[int, float]]:
+    """Every metric of an MLflow run, step by step; fails where a step stands twice."""
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    found = {}
+    for key in client.get_run(run_id).data.metrics:
+        history = client.get_metric_history(run_id, key)
+        found[key] = {metric.step: metric.value for metric in history}
+        assert len(found[key]) == len(history), f"{key} stands more than once for a step"
+    return found
+
+
+def test_a_training_leaves_a_model_tables_pictures_and_an_mlflow_run(home):
+    result = train(Path("tiny.yaml"))
+    folder = Path(result["run_dir"])
+    assert folder.parent == Path("runs/tiny")
+    for name in ("workflow.yaml", "manifest.json", "validation.csv", "per_case.csv", "log.jsonl", "model/model.json"):
+        assert (folder / name).exists(), name
+    rows = list(csv.DictReader((folder / "per_case.csv").read_text().splitlines()))
+    assert {row["case"] for row in rows} == {"scan_0", "scan_3"}
+    assert len(list(folder.glob("pictures/step-*/*.png"))) == 6
+    metrics = histories(home, result["mlflow_run_id"])
+    assert sorted(metrics["val/dice/bright"]) == [4, 8, 12]
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    recorded = client.get_run(result["mlflow_run_id"])
+    assert recorded.info.status == "FINISHED"
+    assert recorded.data.params["train.batch_size"] == "2"
+    assert recorded.data.tags["medseg.fold"] == "0"
+    assert set(result["best"]["dice"]) == {"bright", "dark"}
+    assert not list(home.rglob("*.tmp"))
+
+
+def test_the_trained_model_segments_on_the_scans_own_grid(home):
+    result = train(Path("tiny.yaml"))
+    done = predict(result["run_dir"], [Path("images/scan_1.nii.gz")], output=Path("out"))
+    (written,) = done["done"]
+    scan, segmentation = read_volume(Path("images/scan_1.nii.gz")), read_label(Path(written["output"]))
+    assert segmentation.geometry.matches(scan.geometry, tolerance=1e-6)
+
+
+def test_all_folds_are_nested_runs_under_a_parent_with_the_joint_result(home):
+    result = train(Path("tiny.yaml"), fold="all", overrides=["train.iterations=4"])
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    for fold in result["folds"]:
+        tags = client.get_run(fold["mlflow_run_id"]).data.tags
+        assert tags["mlflow.parentRunId"] == result["mlflow_run_id"]
+    joint = histories(home, result["mlflow_run_id"])
+    assert joint["cv/mean_dice"][0] == pytest.approx(result["best"]["mean_dice"])
+    assert len(result["folds"]) == 3
+
+
+def test_fine_tuning_starts_from_a_models_weights(home):
+    first = train(Path("tiny.yaml"), overrides=["train.iterations=4", "train.ema=0"])
+    second = train(
+        Path("tiny.yaml"),
+        overrides=[
+            "train.iterations=1",
+            "train.ema=0",
+            "train.optimizer.lr=1e-12",
+            f"init={{model: {first['run_dir']}, skip: [head]}}",
+        ],
+    )
+    before, after = (load_file(Path(r["model_dir"]) / "model.safetensors") for r in (first, second))
+    for name in before:
+        assert np.allclose(before[name], after[name], atol=1e-6) == (not name.startswith("head")), name
+
+
+def test_a_slice_network_trains_on_volumes_and_predicts_volumes(home):
+    overrides = ["train.patch_size=[16, 16]", "data.context_slices=1", "train.iterations=4"]
+    result = train(Path("tiny.yaml"), overrides=overrides)
+    done = predict(result["run_dir"], [Path("images/scan_1.nii.gz")], output=Path("out"))
+    assert read_label(Path(done["done"][0]["output"])).array.shape == (1, 20, 22, 12)
+
+
+def test_a_dry_run_says_how_long_and_leaves_nothing(home, capsys):
+    result = train(Path("tiny.yaml"), dry_run=True)
+    assert result["seconds_per_iteration"] > 0
+    assert "4 training and 2 held-out cases" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert not Path("mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (
+            "name: unet",
+            "name: unett",
+            r"tiny\.yaml:5:11 network.name?: no network is called 'unett'; did you mean 'unet'\?",
+        ),
+        (
+            "channels: [4, 8]",
+            "chanels: [4, 8]",
+            r"tiny\.yaml:5:\d+ network.*: network 'unet' has no argument 'chanels'; did",
+        ),
+        ("[16, 16, 8]", "[1, 16, 8]", r"tiny\.yaml:7:3 train\.patch_size: .*at least 2 × 2 × 2"),
+        (
+            "dataset.json",
+            "datset.json",
+            r"tiny\.yaml:3:3 data\.manifest: .*datset\.json: cannot be read .*did you mean 'dataset",
+        ),
+        (
+            "batch_size: 2",
+            "batch_size: 20",
+            r"tiny\.yaml:8:3 train\.batch_size: batch_size 20 but fold 0 has 4 training cases",
+        ),
+        (
+            "fold: 0",
+            "fold: 7",
+            r"tiny\.yaml:13:12 validate\.fold: .*fold 7 holds out 0 of 6 cases; folds here: \[0, 1, 2\]",
+        ),
+    ],
+)
+def test_a_workflow_that_cannot_be_built_is_refused_with_its_line(home, before, after, expected):
+    Path("tiny.yaml").write_text(WORKFLOW.replace(before, after))
+    with pytest.raises(MedsegError, match=expected):
+        train(Path("tiny.yaml"))
+    assert not Path("mlflow.db").exists()
+
+
+def test_a_declared_label_that_no_case_has_is_refused(home):
+    data = json.loads(Path("dataset.json").read_text())
+    data["labels"]["3"] = "spleen"
+    Path("dataset.json").write_text(json.dumps(data))
+    with pytest.raises(MedsegError, match="E-LABEL-ABSENT .*'spleen', which no training case"):
+        train(Path("tiny.yaml"))
+
+
+def test_a_run_resumes_only_with_its_own_workflow(home):
+    result = train(Path("tiny.yaml"), overrides=["train.iterations=4"])
+    with pytest.raises(MedsegError, match="E-OUTPUT-EXISTS"):
+        train(Path("tiny.yaml"), output=Path(result["run_dir"]))
+    with pytest.raises(MedsegError, match=r"E-RESUME .*'iterations: 4' is now 'iterations: 12'"):
+        train(Path("tiny.yaml"), output=Path(result["run_dir"]), resume=True)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(home):
+    process = start(home, "--set", "train.iterations=100000", "--output", "out")
+    wait_for(home / "out" / "checkpoints" / "last" / "step-00000004.sha256", process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    command = re.search(r"medseg train tiny\.yaml .* --output out --resume", err.replace("\n", " "))
+    assert command, err
+    recorded = json.loads((home / "out" / "tracking.json").read_text())
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    assert client.get_run(recorded["run_id"]).info.status == "KILLED"
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def killed_and_resumed(home: Path, delays: list[float]) -> dict:
+    """A run SIGKILLed after each delay (counted from its first sign of life), then resumed to the end."""
+    for delay in delays:
+        process = start(home, "--output", "broken", "--resume")
+        wait_for(home / "broken" / "workflow.yaml", process)
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    return run(home, "--output", "broken", "--resume")
+
+
+def assert_as_if_never_killed(home: Path, whole: dict, broken: dict) -> None:
+    weights = [load_file(Path(home, r["model_dir"]) / "model.safetensors") for r in (whole, broken)]
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+    expected, found = (histories(home, r["mlflow_run_id"]) for r in (whole, broken))
+    del expected["seconds"], found["seconds"]  # the only ones that may differ
+    assert found == expected
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "tiny")
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+    files = [
+        {str(p.relative_to(home / r["run_dir"])) for p in (home / r["run_dir"]).rglob("*")} for r in (whole, broken)
+    ]
+    assert files[0] == files[1]
+    assert not list(home.rglob("*.tmp"))
+    for name in ("validation.csv", "per_case.csv", "log.jsonl"):
+        assert (home / whole["run_dir"] / name).read_text() == (home / broken["run_dir"] / name).read_text()
+
+
+def test_a_run_killed_with_sigkill_and_resumed_ends_as_if_never_killed(home):
+    whole = run(home, "--output", "whole")
+    assert_as_if_never_killed(home, whole, killed_and_resumed(home, [0.5, 1.5]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(10))
+def test_kills_at_random_moments(home, trial):
+    whole = run(home, "--output", "whole")
+    generator = random.Random(trial)
+    assert_as_if_never_killed(home, whole, killed_and_resumed(home, [generator.uniform(0, 4) for _ in range(2)]))
