@@ -182,16 +182,16 @@ def compare(
     uri: TrackingUri = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the tables.")] = None,
     fail_if_worse: Annotated[
-        bool, typer.Option("--fail-if-worse", help="Fail if a run is worse than the first, with confidence.")
+        bool, typer.Option("--fail-if-worse", help="Exit with 2 if a run is worse than the first on average.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs case by case, with statistics."""
+    """Compare runs, paired by case and organ."""
     with stdout_kept_free():
-        from medseg.compare import compare
+        from medseg.compare import compare, comparison_table
 
         result = compare(runs, metric=metric, tracking_uri=uri, output=output, fail_if_worse=fail_if_worse)
-    print_result(result, as_json)
+    print_result(result, as_json, comparison_table)
 
 
 @app.command()

@@ -95,7 +95,7 @@ def compare(
     return result
 
 
-def comparison_table(result: Result) -> Table:
+def comparison_table(result: Mapping[str, Any]) -> Table:
     """What `compare` found, for people."""
     metric = result["metric"]
     table = Table("run", "organ", title=f"{metric}, compared with {result['baseline']}", title_justify="left")

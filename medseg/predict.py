@@ -13,7 +13,7 @@ from typing import Any
 from medseg.build.model import predictor
 from medseg.data.inputs import PROBABILITIES, check_unique, find_cases
 from medseg.data.manifest import Case
-from medseg.data.nifti import write_volume
+from medseg.data.nifti import WRITABLE_SUFFIXES, write_volume
 from medseg.data.transforms import Prepared
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
@@ -67,10 +67,10 @@ def predict(
         MedsegError: If work cannot begin.
     """
     started = time.monotonic()
-    _check_arguments(overlap, resume=resume, force=force)
+    _check_arguments(format, overlap, resume=resume, force=force)
     cases = find_cases(inputs, split=split)
     check_unique(cases)
-    suffix = f".{format.removeprefix('.')}"
+    suffix = f".{format}"
     kinds = ("", PROBABILITIES) if probabilities else ("",)
     files = {case.id: tuple(output / f"{case.id}{kind}{suffix}" for kind in kinds) for case in cases}
     _check_inputs_safe(cases, files)
@@ -139,7 +139,10 @@ def _described(error: Exception, case: Case) -> dict[str, str]:
     return {"error_id": "E-INTERNAL", "message": f"{type(error).__name__}: {error}"}
 
 
-def _check_arguments(overlap: float | None, *, resume: bool, force: bool) -> None:
+def _check_arguments(format: str, overlap: float | None, *, resume: bool, force: bool) -> None:
+    if f".{format}" not in WRITABLE_SUFFIXES:
+        known = ", ".join(suffix.removeprefix(".") for suffix in WRITABLE_SUFFIXES)
+        raise WorkflowError("E-SUFFIX", f"{format!r} is not written; known: {known}", where="--format")
     if overlap is not None and not 0 <= overlap < 1:
         raise WorkflowError("E-ARGUMENT", f"{overlap} must be at least 0 and less than 1", where="--overlap")
     if resume and force:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import secrets
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from medseg import __version__
 from medseg.build.data import TrainingData, manifest, training_data
 from medseg.build.model import Hardware, predictor, specification
+from medseg.build.provenance import run_tags
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
 from medseg.data.nifti import read_label
@@ -26,7 +24,8 @@ from medseg.metrics.table import Score, score_case, summarize, write_table
 from medseg.model import save_model
 from medseg.training.live import LiveDisplay
 from medseg.training.run_folder import RunFolder
-from medseg.training.trainer import Progress, Trainer
+from medseg.training.state import Progress
+from medseg.training.trainer import Trainer
 from medseg.training.validator import Validator
 from medseg.workflow import Workflow
 
@@ -91,7 +90,7 @@ def _train_fold(
     trainer = make_trainer(plan, data, observer=display, hardware=hardware)
     with RunFolder(path) as folder:  # only now: what cannot be built leaves no trace
         _record(plan, data, folder)
-        tags = _tags(plan, data)
+        tags = run_tags(plan, data)
         tracker = make_tracker(plan, path, run_name=f"{plan.name}-fold{fold}", tags=tags, parent_run_id=parent_run_id)
         try:
             with display:
@@ -117,7 +116,7 @@ def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Prog
         "mlflow_run_id": tracker.run_id,
         "fold": data.fold,
         "step": progress.best_step,
-        **_tags(plan, data),
+        **run_tags(plan, data),
     }
     best = trainer.best.load()
     weights = {"best": best["network"] if best else trainer.trained.state_dict(), "last": trainer.trained.state_dict()}
@@ -288,33 +287,6 @@ def _first_difference(before: str, after: str) -> str:
         if old != new:
             return f"{old.strip()!r} is now {new.strip()!r}"
     return "its length"
-
-
-def _tags(plan: Workflow, data: TrainingData) -> dict[str, str]:
-    """What a person may want to search runs by."""
-    import monai
-    import torch
-
-    content = json.dumps(sorted((path.name, digest) for path, digest in data.hashes.items()))
-    return {
-        "medseg.workflow": plan.name,
-        "medseg.network": plan.network.name,
-        "medseg.fold": str(data.fold),
-        "medseg.data_hash": hashlib.sha256(content.encode()).hexdigest()[:16],
-        "medseg.git_commit": _git_commit(plan.file.parent),
-        "medseg.versions": f"medseg {__version__}, torch {torch.__version__}, monai {monai.__version__}",
-        "medseg.hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
-    }
-
-
-def _git_commit(folder: Path) -> str:
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    except OSError:  # no git here
-        return "unknown"
-    return found.stdout.strip() or "unknown"
 
 
 def _means(scores: Sequence[Score]) -> dict[str, float]:

@@ -209,7 +209,7 @@ def test_a_declared_label_that_no_case_has_is_refused(home):
     data = json.loads(Path("dataset.json").read_text())
     data["labels"]["3"] = "spleen"
     Path("dataset.json").write_text(json.dumps(data))
-    with pytest.raises(MedsegError, match="E-LABEL-ABSENT .*'spleen', which no training case"):
+    with pytest.raises(MedsegError, match=r"E-LABEL-ABSENT .*'spleen', which no training case"):
         train(Path("tiny.yaml"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from medseg.data.augment import Augmentation, augmentation
 from medseg.data.dataset import CachedCase, PatchDataset, StepSampler, patch_loader
 from medseg.data.manifest import expand_variables
 from medseg.errors import WorkflowError
+from medseg.geometry import Volume
 from medseg.inference.predictor import SLICES_AT_ONCE, has_bf16
 from medseg.inference.sliding_window import sliding_window
 from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
@@ -31,7 +34,8 @@ from medseg.registry import check_arguments
 from medseg.reporting.overlay import contour_picture
 from medseg.tracking.mlflow_tracker import MlflowTracker
 from medseg.training import optim
-from medseg.training.trainer import Observer, Settings, Target, Trainer
+from medseg.training.state import Observer, Settings, Target
+from medseg.training.trainer import Trainer
 from medseg.training.validator import Validator
 from medseg.workflow import Ramp as RampChoice
 from medseg.workflow import Workflow
@@ -47,15 +51,7 @@ def trainer(
     """Everything that trains, ready to `fit`; nothing is written yet."""
     options = workflow.train
     spec = specification(workflow, data, {})
-    torch.manual_seed(options.seed)
-    with workflow.blamed("network", "name"):
-        NETS[spec.network]
-    with workflow.blamed("network", "args"):
-        net = network(spec, deep_supervision=options.deep_supervision)
-    with workflow.blamed("train", "patch_size"):
-        _unwrapped(net).check_size(options.patch_size)
-    with workflow.blamed("init"):
-        _start_from(workflow, net)
+    net = _network(workflow, spec)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on the console
     fabric = Fabric(
         accelerator=hardware.accelerator, devices=hardware.devices, precision=_precision(workflow, hardware)
@@ -95,6 +91,29 @@ def trainer(
     )
 
 
+def _network(workflow: Workflow, spec: ModelSpec) -> nn.Module:
+    """The network with its first weights: by seed, or those of another model."""
+    options = workflow.train
+    torch.manual_seed(options.seed)
+    with workflow.blamed("network", "name"):
+        entry = NETS[spec.network]
+    with workflow.blamed("train", "deep_supervision"):
+        if options.deep_supervision and "deep_supervision" not in inspect.signature(entry.network).parameters:
+            raise WorkflowError("E-ARGUMENT", f"network {spec.network!r} has no deep supervision; set it to false")
+    with workflow.blamed("network", "args"):
+        net = network(spec, deep_supervision=options.deep_supervision)
+        if any(axis.margin for axis in _unwrapped(net).sizes):
+            raise WorkflowError(
+                "E-ARGUMENT",
+                "unpadded convolutions give less than the patch, which labels do not fit; use padding: same",
+            )
+    with workflow.blamed("train", "patch_size"):
+        _unwrapped(net).check_size(options.patch_size)
+    with workflow.blamed("init"):
+        _start_from(workflow, net)
+    return net
+
+
 def loss(workflow: Workflow, net: nn.Module) -> nn.Module:
     """The weighted sum of the workflow's losses, at every output under deep supervision."""
     terms, weights = [], []
@@ -130,15 +149,12 @@ def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, hardware:
             image, net, window, num_outputs=data.labels.num_outputs, batch_size=batch_size, autocast=autocast
         )
 
-    def draw(case: CachedCase, predicted: Any, title: str) -> Any:
-        return contour_picture(
-            np.asarray(case.image[0], dtype=np.float32),
-            case.label[0],
-            predicted,
-            labels=data.labels,
-            spacing_mm=case.geometry.spacing_mm,
-            title=title,
-        )
+    def draw(case: CachedCase, predicted: npt.NDArray[Any], title: str) -> npt.NDArray[np.uint8]:
+        image = np.asarray(case.image[0], dtype=np.float32)
+        seen = [Volume(a[None], case.geometry).oriented("RAS") for a in (image, case.label[0], predicted)]
+        image, reference, prediction = (volume.array[0] for volume in seen)
+        spacing_mm = seen[0].geometry.spacing_mm
+        return contour_picture(image, reference, prediction, labels=data.labels, spacing_mm=spacing_mm, title=title)
 
     cases = data.validation
     if len(cases) > chosen.max_cases:  # evenly spread, the same ones each time

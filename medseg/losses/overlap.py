@@ -134,7 +134,7 @@ def soft_sums(
     sums = SoftSums(
         intersection=(probs * reference).sum(axes),
         predicted=(probs.square() if squared else probs).sum(axes),
-        reference=(reference.square() if squared and regions else reference).sum(axes, dtype=torch.float32),
+        reference=(reference.square() if squared else reference).sum(axes),
     )
     if batch:
         sums = SoftSums(*(part.sum(0, keepdim=True) for part in sums))
@@ -142,7 +142,7 @@ def soft_sums(
 
 
 def _one_hot(target: Tensor, num_classes: int) -> Tensor:
-    """Boolean (B, R, I, J[, K]), which the backward pass keeps in a quarter of a float's memory."""
-    # Narrow integers: comparing int64 takes twice as long.
+    """Class indices (B, I, J[, K]) as floats (B, R, I, J[, K])."""
+    # Narrow integers compare twice as fast; and a product with booleans would take longer than this conversion.
     classes = torch.arange(num_classes, device=target.device, dtype=torch.int16)
-    return target.unsqueeze(1).to(torch.int16) == classes.view(-1, *[1] * (target.dim() - 1))
+    return (target.unsqueeze(1).to(torch.int16) == classes.view(-1, *[1] * (target.dim() - 1))).float()

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,30 @@ NUM_RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 
 Organs = Mapping[str, Sequence[int]]
-Summary = dict[str, dict[str, dict[str, float | int | list[float]]]]
+
+
+class MetricSummary(TypedDict):
+    """A metric of an organ over the cases; NaN where there are too few.
+
+    Args:
+        mean: Of the cases with a value.
+        std: Of the sample.
+        median: Of the cases with a value.
+        ci95: Where the mean lies, by the percentile bootstrap.
+        n: Cases with a value.
+        n_missing: Cases where it is NaN.
+    """
+
+    mean: float
+    std: float
+    median: float
+    ci95: list[float]
+    n: int
+    n_missing: int
+
+
+Summary = dict[str, dict[str, MetricSummary]]
+"""By organ, then by metric."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +160,7 @@ def summarize(scores: Sequence[Score], *, seed: int = 0) -> Summary:
         seed: Of the bootstrap.
 
     Returns:
-        For each organ and metric ``mean``, ``std`` (of the sample), ``median``, ``ci95`` (of the mean,
-        percentile bootstrap), ``n`` (cases with a value) and ``n_missing`` (cases where it is NaN). What
-        too few cases leave undefined is NaN.
+        For each organ and metric what `MetricSummary` says.
     """
     values: dict[str, dict[str, list[float]]] = {}
     for score in scores:
@@ -173,7 +195,7 @@ def _note(counts: Counts) -> str:
     return ""
 
 
-def _summary(values: npt.NDArray[np.float64], seed: int) -> dict[str, float | int | list[float]]:
+def _summary(values: npt.NDArray[np.float64], seed: int) -> MetricSummary:
     known = values[~np.isnan(values)]
     n = len(known)
     return {

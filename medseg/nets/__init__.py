@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class NetworkEntry:
         spatial_dims: Which of 2 and 3 it can be made for.
     """
 
-    network: type[SegmentationNetwork]
+    network: Callable[..., SegmentationNetwork]
     title: str
     paper: str
     good_for: str

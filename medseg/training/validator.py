@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medseg.data.dataset import CachedCase
 from medseg.labels import Labels
 from medseg.metrics.confusion import count, dice
-from medseg.training.trainer import Validation
+from medseg.training.state import Validation
 
 NUM_PICTURES = 3
 

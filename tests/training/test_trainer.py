@@ -18,7 +18,8 @@ from medseg.labels import Labels
 from medseg.losses import Compound, CrossEntropy
 from medseg.training import optim
 from medseg.training.run_folder import RunFolder
-from medseg.training.trainer import Settings, Trainer, Validation
+from medseg.training.state import Settings, Validation
+from medseg.training.trainer import Trainer
 
 LABELS = Labels({0: "background", 1: "organ"})
 

@@ -1,11 +1,14 @@
-"""Patients: individuals with everything painted in order, the last on top, so that no part needs a hole for another."""
+"""Patients: everything that makes up an individual, in the order in which it is painted.
+
+The last is on top, so a part needs no hole for its neighbor.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from medseg.data.phantom import tissues, trunk, viscera
-from medseg.data.phantom.atlas import CAVITY, ORGANS, Part, keyed_rng
+from medseg.data.phantom.atlas import CAVITY, MUSCLE_HALF_DEPTH, MUSCLE_HALF_WIDTH, ORGANS, Part, keyed_rng
 from medseg.data.phantom.tissues import PHASES, Enhancement
 
 
@@ -15,8 +18,8 @@ class Patient:
 
     Args:
         parts: In painting order.
-        half_width: Of the body with its fat, along x, in mm of the atlas; half_depth along y.
-        half_depth: See half_width.
+        half_width: Of the body with its fat and skin, in mm of the atlas.
+        half_depth: Likewise, from the middle to the back.
         phase: Time of the scan after contrast agent, a key of `PHASES`.
     """
 
@@ -34,12 +37,12 @@ def patient(seed: int) -> Patient:
     means = {name: hu * level * rng.normal(1, 0.015) for name, hu in vars(PHASES[phase]).items()}
     hu = Enhancement(**means)
     fat_mm = rng.uniform(8, 28)
-    wide, deep = MUSCLE_WALL[0] + fat_mm, MUSCLE_WALL[1] + 0.8 * fat_mm
+    wide, deep = MUSCLE_HALF_WIDTH + fat_mm, MUSCLE_HALF_DEPTH + 0.8 * fat_mm
     thorax = trunk.above_diaphragm(seed)
     liver = viscera.liver(seed, thorax)
     covers = [*viscera.kidneys(seed, hu), *viscera.stomach(seed, hu), *viscera.gallbladder(seed)]
     parts = [
-        *trunk.trunk_wall(wide, deep, hu),
+        *trunk.wall(wide, deep, hu),
         Part(CAVITY.within(thorax.grown(3)), tissues.muscle(hu.muscle)),  # the diaphragm: what the next leaves of it
         Part(CAVITY.within(thorax), tissues.fat()),
         Part(liver, tissues.parenchyma(hu.liver, coarse=8), ORGANS.index("liver")),

@@ -47,18 +47,18 @@ class Scanner:
 
     @classmethod
     def random(cls, seed: int, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float] | None) -> Scanner:
+        """The patient of a seed, somewhere in the scanner; without a spacing the body fills the field of view."""
         rng = keyed_rng(seed, "scanner")
         person = patient(seed)
         size = rng.normal(1, (0.05, 0.05, 0.03)).clip(0.88, 1.12)
-        zoom, height_mm, z_mm = rng.uniform(1.08, 1.16), rng.uniform(205, 245), rng.normal(12, 6)
+        body_mm = 2 * size[:2] * (person.half_width, person.half_depth)
+        zoom, height_mm = rng.uniform(1.08, 1.16), rng.uniform(205, 245)
         if spacing_mm is None:
-            pixel_mm = zoom * max(
-                2 * person.half_width * size[0] / shape[0], 2 * person.half_depth * size[1] / shape[1]
-            )
+            pixel_mm = float(zoom * np.max(body_mm / shape[:2]))
             spacing_mm = (pixel_mm, pixel_mm, height_mm / shape[2])
         signs = np.array([-1, rng.choice([-1, 1]), 1])  # LPS or LAS
         isocenter = rng.uniform((-25, -40, -900), (25, 40, -200))
-        middle = isocenter + (rng.normal(0, 4), rng.normal(-6, 3), z_mm)
+        middle = isocenter + rng.normal((0, -6, 12), (4, 3, 6))
         affine = np.diag([*(signs * spacing_mm), 1.0])
         affine[:3, 3] = middle - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
         return cls(seed, person, Geometry(shape, affine), isocenter, size, rng.uniform(8, 15))
@@ -78,32 +78,31 @@ class Scanner:
             for axis in range(3)
         ]
 
-    @property
+    @cached_property
     def slices_per_voxel(self) -> int:
         """Thin slices rendered for each slice of the scan: as thin as pixels are wide, and an odd number."""
         width, _, thickness = self.geometry.spacing_mm
         return 2 * round((thickness / width - 1) / 2) + 1 if thickness > 2 * width else 1
 
     def slabs(self) -> Iterator[slice]:
+        """The slices of the scan in runs that fit the working memory."""
         i, j, k = self.geometry.shape
         step = max(1, _SLAB_VOXELS // (i * j * self.slices_per_voxel))
         for start in range(0, k, step):
             yield slice(start, min(start + step, k))
 
-    def scan(self, slab: slice) -> tuple[npt.NDArray[np.int16], Bytes]:
+    def scan(self, slab: slice) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
         """HU and organs (I, J, K) of some slices."""
         thin = self.slices_per_voxel
+        i, j, _ = self.geometry.shape
         k = np.arange(slab.start * thin, slab.stop * thin) / thin - (thin - 1) / (2 * thin)
-        x, y, z = (
-            self._position(axis, index) for axis, index in enumerate((*map(np.arange, self.geometry.shape[:2]), k))
-        )
-        canvas = _Canvas(self, x, y, z)
+        indices = (np.arange(i), np.arange(j), k)
+        canvas = _Canvas(self, *(self._position(axis, index) for axis, index in enumerate(indices)))
         canvas.draw_table()
         for part in self.person.parts:
             canvas.paint(part)
-        i, j, _ = canvas.hu.shape
         hu = canvas.hu.reshape(i, j, -1, thin).mean(axis=-1)
-        hu += self._noise(slab) * (0.5 + 0.5 * (hu > -500))
+        hu += self._noise(slab) * np.where(hu > -500, np.float32(1), np.float32(0.5))
         return np.rint(hu).clip(-1024, 3071).astype(np.int16), canvas.organs[:, :, thin // 2 :: thin]
 
     def _position(self, axis: int, index: npt.NDArray[Any]) -> Array:
@@ -138,7 +137,7 @@ class _Canvas:
         self.table_y = -scanner.person.half_depth * scanner.size[1] - 14
         self.edge_mm = np.float32(scanner.geometry.spacing_mm[0])
         self.textures = {name: field.on_grid(x, y, z) for name, field in scanner.textures.items()}
-        warps = [sum(np.float32(mm) * field.on_grid(x, y, z) for mm, field in fields) for fields in scanner.warps]
+        warps = [np.sum([mm * f.on_grid(x, y, z) for mm, f in fields], axis=0) for fields in scanner.warps]
         self.reach_mm = [float(np.abs(warp).max()) for warp in warps]
         open_grid = np.meshgrid(x, y, z, indexing="ij", sparse=True)
         self.atlas = [warp + line / np.float32(s) for warp, line, s in zip(warps, open_grid, self.size, strict=True)]
@@ -147,6 +146,7 @@ class _Canvas:
         self.organs = np.zeros(warps[0].shape, np.uint8)
 
     def draw_table(self) -> None:
+        """The curved top that the patient lies on."""
         x, y, _ = self.lines
         below = np.abs(self.table_y + np.square(x)[:, None] / 900 - y[None, :])
         coverage = ((_TABLE_MM / 2 - below) / self.edge_mm + 0.5).clip(0, 1)

@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeAlias
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[np.float32]
-Point: TypeAlias = Sequence[float]
+Array: TypeAlias = npt.NDArray[np.floating[Any]]
+Point: TypeAlias = Sequence[float] | Array
 Depth: TypeAlias = Callable[[Array, Array, Array], Array]
 
 EVERYWHERE = (math.inf, math.inf, math.inf)
@@ -84,8 +85,8 @@ def ellipsoid(center: Point, radii: Point, *, turn_degrees: float = 0.0) -> Soli
         radii: Semi-axes in mm.
         turn_degrees: Rotation about z, from x (Right) towards y (Anterior).
     """
-    cx, cy, cz = center
-    a, b, c = radii
+    cx, cy, cz = map(float, center)  # plain numbers leave the arrays in float32
+    a, b, c = map(float, radii)
     cos, sin = math.cos(math.radians(turn_degrees)), math.sin(math.radians(turn_degrees))
     reach = (math.hypot(a * cos, b * sin), math.hypot(a * sin, b * cos), c)
 
@@ -98,19 +99,19 @@ def ellipsoid(center: Point, radii: Point, *, turn_degrees: float = 0.0) -> Soli
         slope = np.sqrt(u2 / a**2 + v2 / b**2 + w2 / c**2 + 1e-6 / max(a, b) ** 2)
         return (1 - radius) * radius / slope  # first-order distance: value over gradient
 
-    low = tuple(m - r for m, r in zip(center, reach, strict=True))
-    return Solid(depth, low, tuple(m + r for m, r in zip(center, reach, strict=True)))
+    low, high = np.subtract((cx, cy, cz), reach), np.add((cx, cy, cz), reach)
+    return Solid(depth, tuple(low), tuple(high))
 
 
-def tube(points: Sequence[Point], radii: Sequence[float]) -> Solid:
+def tube(points: Sequence[Point] | Array, radii: Point) -> Solid:
     """A tube with rounded ends along straight pieces between points, its radius changing linearly."""
-    pieces = list(zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True))
+    course = [(*map(float, point), float(radius)) for point, radius in zip(points, radii, strict=True)]
 
     def depth(x: Array, y: Array, z: Array) -> Array:
-        return reduce(np.maximum, (_piece_depth(x, y, z, *piece) for piece in pieces))
+        return reduce(np.maximum, (_piece_depth(x, y, z, *ends) for ends in pairwise(course)))
 
-    low = np.min([np.asarray(p) - r for p, r in zip(points, radii, strict=True)], axis=0)
-    high = np.max([np.asarray(p) + r for p, r in zip(points, radii, strict=True)], axis=0)
+    low = np.min([np.subtract(center, radius) for *center, radius in course], axis=0)
+    high = np.max([np.add(center, radius) for *center, radius in course], axis=0)
     return Solid(depth, tuple(low), tuple(high))
 
 
@@ -123,18 +124,16 @@ def trunk(half_width: float, half_depth: float, *, y: float = 0.0) -> Solid:
         size = 0.6 * np.sqrt(ellipse) + 0.4 * np.sqrt(np.sqrt(u2 * u2 + v2 * v2)) + 1e-3
         return np.hypot(x, y_ - y) * (1 - size) / size  # along the ray from the axis
 
-    return Solid(
-        depth, (-half_width * 1.1, y - half_depth * 1.1, -math.inf), (half_width * 1.1, y + half_depth * 1.1, math.inf)
-    )
+    return Solid(depth, (-half_width, y - half_depth, -math.inf), (half_width, y + half_depth, math.inf))
 
 
-def bent_tube(points: Sequence[Point], radii: Sequence[float]) -> Solid:
+def bent_tube(points: Sequence[Point] | Array, radii: Point) -> Solid:
     """A tube whose bends are rounded: each corner is cut at a quarter of its sides, twice."""
     course = np.column_stack([np.asarray(points, np.float64), radii])
     for _ in range(2):
         cut = np.stack([0.75 * course[:-1] + 0.25 * course[1:], 0.25 * course[:-1] + 0.75 * course[1:]], axis=1)
         course = np.concatenate([course[:1], cut.reshape(-1, 4)[1:-1], course[-1:]])
-    return tube(list(course[:, :3]), [float(r) for r in course[:, 3]])
+    return tube(course[:, :3], course[:, 3])
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,13 +150,8 @@ class SmoothField:
 
     @classmethod
     def random(cls, rng: np.random.Generator, pitch_mm: float) -> SmoothField:
-        nodes = rng.standard_normal((_FIELD_NODES,) * 3, dtype=np.float32).clip(-2.5, 2.5) / np.float32(_SPLINE_STD)
-        return cls(nodes, pitch_mm)
-
-    @property
-    def bound(self) -> float:
-        """What no value exceeds: a B-spline stays within the hull of its coefficients."""
-        return float(np.abs(self.coefficients).max())
+        nodes = rng.standard_normal((_FIELD_NODES,) * 3, dtype=np.float32)
+        return cls(nodes.clip(-2.5, 2.5) / np.float32(_SPLINE_STD), pitch_mm)
 
     def on_grid(self, x: Array, y: Array, z: Array) -> Array:
         """Values (I, J, K) at the crossings of the coordinates x (I,), y (J,), z (K,) in mm.
@@ -187,15 +181,15 @@ def _along_axis(values: Array, axis: int, position: Array) -> Array:
 
 def _smooth_maximum(a: Array, b: Array, blend_mm: float) -> Array:
     larger = np.maximum(a, b)
-    if not blend_mm:
+    if blend_mm == 0:
         return larger
     return larger + np.square(np.maximum(blend_mm - np.abs(a - b), 0)) / (4 * blend_mm)
 
 
-def _piece_depth(x: Array, y: Array, z: Array, start: Point, end: Point, r0: float, r1: float) -> Array:
-    axis = np.subtract(end, start)
-    ax, ay, az = (float(a) for a in axis)
-    px, py, pz = (p - float(p0) for p, p0 in zip((x, y, z), start, strict=True))
-    t = ((px * ax + py * ay + pz * az) / float(axis @ axis + 1e-9)).clip(0, 1)
+def _piece_depth(x: Array, y: Array, z: Array, start: tuple[float, ...], end: tuple[float, ...]) -> Array:
+    """Depth in a straight piece between two ends (x, y, z, radius)."""
+    ax, ay, az, widening = (b - a for a, b in zip(start, end, strict=True))
+    px, py, pz = x - start[0], y - start[1], z - start[2]
+    t = ((px * ax + py * ay + pz * az) / (ax * ax + ay * ay + az * az + 1e-9)).clip(0, 1)
     distance = np.sqrt(np.square(px - t * ax) + np.square(py - t * ay) + np.square(pz - t * az))
-    return r0 + t * (r1 - r0) - distance
+    return start[3] + t * widening - distance

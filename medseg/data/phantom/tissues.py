@@ -110,7 +110,7 @@ def bone(*, cortex_mm: float = 2.5) -> Tissue:
 
     def values(block: Block) -> Array:
         marrow = 165 + 30 * block.textures["fine"]
-        return np.where(block.depth < cortex_mm, 620, marrow)
+        return np.where(block.depth < cortex_mm, np.float32(620), marrow)
 
     return values
 

@@ -17,8 +17,7 @@ VERTEBRA_PITCH_MM = 34.0
 RIB_PITCH_MM = 27.0
 
 
-
-def trunk_wall(wide: float, deep: float, hu: Enhancement) -> Iterator[Part]:
+def wall(wide: float, deep: float, hu: Enhancement) -> Iterator[Part]:
     """Skin, fat and muscles around the cavity, for a body of some half width and half depth in mm."""
     body = trunk(wide, deep).without(ellipsoid((0, -deep - 8, 0), (34, 12, math.inf)))  # the groove of the back
     furrow = ellipsoid((0, -MUSCLE_HALF_DEPTH - 3, 0), (13, 9, math.inf))  # between the muscles of the back
@@ -66,7 +65,7 @@ def back(hu: Enhancement) -> Iterator[Part]:
     yield Part(ellipsoid((0, -49, 0), (22, 17, math.inf)), tissues.parenchyma(82, coarse=4), spine)  # discs
     vertebra = ellipsoid((0, -49, 0), (23, 18, math.inf))
     yield Part(_repeated(vertebra, height=27), tissues.bone(), spine)
-    yield Part(_repeated(tube([(0, -86, -2), (0, -98, -8)], [3.5, 4])), tissues.bone(), spine)
+    yield Part(_repeated(tube([(0, -84, -2), (0, -93, -8)], [3.5, 4])), tissues.bone(), spine)
     yield Part(ellipsoid((0, -74, 0), (10, 8.5, math.inf)), tissues.parenchyma(32, coarse=2), spine)  # canal
 
 

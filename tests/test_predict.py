@@ -1,0 +1,230 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from medseg.build.model import predictor
+from medseg.data.nifti import read_label, read_volume, write_volume
+from medseg.errors import MedsegError, Problems, WorkflowError
+from medseg.geometry import Geometry, Volume
+from medseg.labels import Labels
+from medseg.model import Intensity, ModelSpec, Preprocessing, Window, save_model
+from medseg.nets import NETS
+from medseg.predict import predict
+
+GRID = Geometry.from_spacing((20, 18, 16), (1.5, 1.5, 2)).oriented("LPS")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A run folder whose model has random weights: which voxels it finds is of no matter here."""
+    entry = NETS["unet"]
+    spec = ModelSpec(
+        network="unet",
+        network_args=entry.tiny,
+        spatial_dims=3,
+        channels=("CT",),
+        labels=Labels({0: "background", 1: "liver"}),
+        preprocessing=Preprocessing(spacing_mm=(2.0, 2.0, 2.0), intensity=(Intensity(normalize="zscore"),)),
+        window=Window((16, 16, 16)),
+    )
+    torch.manual_seed(0)
+    network = entry.network(spatial_dims=3, in_channels=1, out_channels=2, **entry.tiny)
+    run = tmp_path_factory.mktemp("run")
+    save_model(run / "model", spec, network.state_dict())
+    return str(run)
+
+
+def write_scan(path, seed: int = 0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(seed).normal(size=(1, *GRID.shape)).astype(np.float32)
+    write_volume(path, Volume(array, GRID))
+    return path
+
+
+@pytest.fixture
+def scans(tmp_path):
+    for n in range(3):
+        write_scan(tmp_path / "scans" / f"case_{n}.nii.gz", seed=n)
+    return tmp_path / "scans"
+
+
+def case_ids(entries) -> list[str]:
+    return [entry["case"] for entry in entries]
+
+
+def test_a_folder_of_scans_becomes_a_folder_of_segmentations_on_their_grids(model, scans, tmp_path):
+    result = predict(model, [scans], output=tmp_path / "out")
+    assert case_ids(result["done"]) == ["case_0", "case_1", "case_2"]
+    assert result["failed"] == [] and result["seconds"] >= 0
+    expected = predictor(model).segment([scans / "case_1.nii.gz"]).label
+    written = read_label(tmp_path / "out" / "case_1.nii.gz")
+    np.testing.assert_array_equal(written.array, expected.array)
+    assert written.geometry.matches(GRID)
+    entry = result["done"][1]
+    assert set(entry) == {"case", "input", "output", "seconds"}
+    assert entry["input"] == str(scans / "case_1.nii.gz") and entry["output"] == str(tmp_path / "out" / "case_1.nii.gz")
+    json.dumps(result)
+
+
+@pytest.mark.parametrize("format", ["nrrd", "mha"])
+def test_segmentations_are_written_in_the_format_asked_for(model, scans, tmp_path, format):
+    predict(model, [scans / "case_0.nii.gz"], output=tmp_path / "out", format=format)
+    assert read_label(tmp_path / "out" / f"case_0.{format}").geometry.matches(GRID)
+
+
+def test_threads_that_read_ahead_change_nothing(model, scans, tmp_path):
+    write_scan(scans / "broken.nii.gz").write_bytes(b"not gzip")
+    plain = predict(model, [scans], output=tmp_path / "plain")
+    ahead = predict(model, [scans], output=tmp_path / "ahead", workers=2)
+    assert case_ids(ahead["done"]) == case_ids(plain["done"])
+    assert ahead["failed"] == plain["failed"] != []
+    for name in case_ids(plain["done"]):
+        assert (tmp_path / "ahead" / f"{name}.nii.gz").read_bytes() == (
+            tmp_path / "plain" / f"{name}.nii.gz"
+        ).read_bytes()
+
+
+def test_a_scan_that_fails_is_listed_and_stops_no_other(model, scans, tmp_path):
+    content = (scans / "case_1.nii.gz").read_bytes()
+    (scans / "case_1.nii.gz").write_bytes(content[: len(content) // 2])
+    result = predict(model, [scans], output=tmp_path / "out")
+    assert case_ids(result["done"]) == ["case_0", "case_2"]
+    (failed,) = result["failed"]
+    assert failed["case"] == "case_1" and failed["error_id"] == "E-NIFTI-TRUNCATED"
+    assert "case_1.nii.gz" in failed["message"]
+    assert not (tmp_path / "out" / "case_1.nii.gz").exists()
+
+
+def test_a_fault_of_our_own_in_one_case_stops_no_other(model, scans, tmp_path, monkeypatch):
+    def fails_once(path, volume):
+        if path.name == "case_0.nii.gz":
+            raise OSError("disk on fire")
+        write_volume(path, volume)
+
+    monkeypatch.setattr("medseg.predict.write_volume", fails_once)
+    result = predict(model, [scans], output=tmp_path / "out")
+    assert case_ids(result["done"]) == ["case_1", "case_2"]
+    assert result["failed"][0]["error_id"] == "E-INTERNAL" and "disk on fire" in result["failed"][0]["message"]
+
+
+def test_probabilities_are_written_beside_the_segmentation(model, scans, tmp_path):
+    predict(model, [scans / "case_0.nii.gz"], output=tmp_path / "out", probabilities=True)
+    probabilities = read_volume(tmp_path / "out" / "case_0_probabilities.nii.gz")
+    label = read_label(tmp_path / "out" / "case_0.nii.gz")
+    np.testing.assert_allclose(probabilities.array.sum(0), 1, atol=1e-5)
+    np.testing.assert_array_equal(probabilities.array.argmax(0), label.array[0])
+
+
+def test_existing_segmentations_are_not_overwritten_unasked(model, scans, tmp_path):
+    predict(model, [scans / "case_0.nii.gz"], output=tmp_path / "out")
+    with pytest.raises(WorkflowError, match="--resume to keep or --force to overwrite") as caught:
+        predict(model, [scans], output=tmp_path / "out")
+    assert caught.value.error_id == "E-OUTPUT-EXISTS"
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_resume_passes_over_what_is_complete(model, scans, tmp_path):
+    predict(model, [scans / "case_0.nii.gz"], output=tmp_path / "out")
+    before = os.stat(tmp_path / "out" / "case_0.nii.gz").st_mtime_ns
+    result = predict(model, [scans], output=tmp_path / "out", resume=True)
+    assert result["skipped"] == ["case_0"] and case_ids(result["done"]) == ["case_1", "case_2"]
+    assert os.stat(tmp_path / "out" / "case_0.nii.gz").st_mtime_ns == before
+
+
+def test_force_overwrites(model, scans, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "case_0.nii.gz").write_bytes(b"old")
+    predict(model, [scans / "case_0.nii.gz"], output=out, force=True)
+    assert read_label(out / "case_0.nii.gz").geometry.matches(GRID)
+
+
+def test_a_segmentation_never_takes_the_place_of_its_scan(model, scans):
+    content = (scans / "case_0.nii.gz").read_bytes()
+    with pytest.raises(Problems, match="is an input"):
+        predict(model, [scans], output=scans, force=True)
+    assert (scans / "case_0.nii.gz").read_bytes() == content
+
+
+def test_files_of_one_name_are_refused_before_any_work(model, tmp_path):
+    files = [write_scan(tmp_path / folder / "scan.nii.gz") for folder in ("a", "b")]
+    with pytest.raises(MedsegError) as caught:
+        predict(model, files, output=tmp_path / "out")
+    assert caught.value.error_id == "E-OUTPUT-NAME"
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_one_name_below_a_folder_are_called_after_their_path(model, tmp_path):
+    for folder in ("a", "b"):
+        write_scan(tmp_path / "scans" / folder / "scan.nii.gz")
+    result = predict(model, [tmp_path / "scans"], output=tmp_path / "out")
+    assert case_ids(result["done"]) == ["a_scan", "b_scan"]
+
+
+@pytest.fixture
+def manifest(scans):
+    entries = [{"image": f"case_{n}.nii.gz"} for n in range(3)]
+    data = {"labels": {"0": "background", "1": "liver"}, "training": entries[:2], "test": entries[2:]}
+    for fold, entry in enumerate(data["training"]):
+        entry["fold"] = fold
+    path = scans / "dataset.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [(None, ["case_2"]), ("test", ["case_2"]), ("training", ["case_0", "case_1"]), ("fold_1", ["case_1"])],
+)
+def test_a_split_chooses_cases_of_a_manifest(model, manifest, tmp_path, split, expected):
+    result = predict(model, [manifest], output=tmp_path / "out", split=split, dry_run=True)
+    assert case_ids(result["planned"]) == expected
+
+
+def test_an_unknown_split_is_refused_with_a_suggestion(model, manifest, tmp_path):
+    with pytest.raises(WorkflowError, match="did you mean 'fold_1'"):
+        predict(model, [manifest], output=tmp_path / "out", split="fold1")
+
+
+def test_an_id_that_leaves_the_output_folder_is_refused(model, scans, tmp_path):
+    data = {"labels": {"0": "background", "1": "liver"}, "training": [{"image": "case_0.nii.gz", "id": "../evil"}]}
+    (scans / "dataset.json").write_text(json.dumps(data))
+    with pytest.raises(Problems, match="no file name"):
+        predict(model, [scans / "dataset.json"], output=tmp_path / "out")
+
+
+def test_a_dry_run_writes_nothing(model, scans, tmp_path):
+    result = predict(model, [scans], output=tmp_path / "out", dry_run=True)
+    assert case_ids(result["planned"]) == ["case_0", "case_1", "case_2"] and result["done"] == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error_id"),
+    [
+        ({"overlap": 1.0}, "E-ARGUMENT"),
+        ({"overlap": -0.1}, "E-ARGUMENT"),
+        ({"resume": True, "force": True}, "E-ARGUMENT"),
+        ({"format": "png"}, "E-SUFFIX"),
+        ({"split": "test"}, "E-SPLIT"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(model, scans, tmp_path, arguments, error_id):
+    with pytest.raises(WorkflowError) as caught:
+        predict(model, [scans], output=tmp_path / "out", **arguments)
+    assert caught.value.error_id == error_id
+
+
+def test_inputs_that_do_not_exist_are_all_named(model, tmp_path):
+    with pytest.raises(Problems) as caught:
+        predict(model, [tmp_path / "a.nii.gz", tmp_path / "b"], output=tmp_path / "out")
+    assert [error.where for error in caught.value.errors] == [str(tmp_path / "a.nii.gz"), str(tmp_path / "b")]
+
+
+def test_a_folder_without_scans_is_refused(model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MedsegError, match="E-NO-INPUT"):
+        predict(model, [tmp_path / "empty"], output=tmp_path / "out")
