@@ -162,9 +162,9 @@ def _check_inputs_safe(cases: Sequence[Case], files: dict[str, tuple[Path, ...]]
 def _check_nothing_there(files: dict[str, tuple[Path, ...]]) -> None:
     there = [path for wanted in files.values() for path in wanted if path.exists()]
     if there:
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        more = f", and so do {len(there) - 1} more" if len(there) > 1 else ""
         raise WorkflowError(
             "E-OUTPUT-EXISTS",
-            f"is there already{more}; add --resume to keep or --force to overwrite",
+            f"exists{more}; add --resume to keep or --force to overwrite",
             where=str(there[0]),
         )

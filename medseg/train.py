@@ -15,6 +15,7 @@ import numpy as np
 from medseg.build.data import TrainingData, manifest, training_data
 from medseg.build.model import Hardware, predictor, specification
 from medseg.build.provenance import run_tags
+from medseg.build.training import check_parts
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
 from medseg.data.nifti import read_label
@@ -85,7 +86,7 @@ def _train_fold(
     plan: Workflow, path: Path, fold: int, hardware: Hardware, *, parent_run_id: str | None = None
 ) -> Result:
     started = time.monotonic()
-    data = training_data(plan, fold)
+    data = _prepare(plan, fold)
     display = LiveDisplay(console(), f"{plan.name} fold {fold}", plan.train.iterations)
     trainer = make_trainer(plan, data, observer=display, hardware=hardware)
     with RunFolder(path) as folder:  # only now: what cannot be built leaves no trace
@@ -108,6 +109,12 @@ def _train_fold(
     return result
 
 
+def _prepare(plan: Workflow, fold: int) -> TrainingData:
+    source = manifest(plan)
+    check_parts(plan, source)
+    return training_data(plan, source, fold)
+
+
 def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Progress, tracker: Any) -> Result:
     """Keep the best weights as a model and score both checkpoints on every held-out scan's own grid."""
     folder = trainer.folder
@@ -120,7 +127,7 @@ def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Prog
     }
     best = trainer.best.load()
     weights = {"best": best["network"] if best else trainer.trained.state_dict(), "last": trainer.trained.state_dict()}
-    save_model(folder.model, specification(plan, data, provenance), weights["best"])
+    save_model(folder.model, specification(plan, data.manifest, data.preprocessing, provenance), weights["best"])
     final: dict[str, Any] = {}
     for which in ("last", "best"):
         if which == "best" and progress.best_step == progress.step:
@@ -201,7 +208,7 @@ def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
 
 def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
     """Build everything, time a few iterations and one validation case, and extrapolate."""
-    data = training_data(plan, fold)
+    data = _prepare(plan, fold)
     display = LiveDisplay(console(), plan.name, plan.train.iterations)
     trainer = make_trainer(plan, data, observer=display, hardware=hardware)
     seconds = []

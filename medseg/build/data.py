@@ -48,9 +48,8 @@ class TrainingData:
         return self.manifest.labels
 
 
-def training_data(workflow: Workflow, fold: int) -> TrainingData:
+def training_data(workflow: Workflow, source: Manifest, fold: int) -> TrainingData:
     """Split, resolve and preprocess the workflow's cases."""
-    source = manifest(workflow)
     with workflow.blamed("validate", "fold"):
         training, held_out = source.split(fold)
     if workflow.train.batch_size > len(training):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medseg.build.data import TrainingData
+from medseg.data.manifest import Manifest
 from medseg.errors import ModelError, WorkflowError
 from medseg.inference.predictor import Predictor
-from medseg.model import ModelSpec, Window, load_model
+from medseg.model import ModelSpec, Preprocessing, Window, load_model
 from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
 from medseg.registry import check_arguments
@@ -47,15 +47,20 @@ class Hardware:
         return self.device
 
 
-def specification(workflow: Workflow, data: TrainingData, provenance: Mapping[str, Any]) -> ModelSpec:
-    """Everything about the model but its weights."""
+def specification(
+    workflow: Workflow,
+    source: Manifest,
+    preprocessing: Preprocessing | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> ModelSpec:
+    """Everything about the model but its weights; without `preprocessing`, enough to build its network."""
     return ModelSpec(
         network=workflow.network.name,
         network_args=workflow.network.args,
         spatial_dims=len(workflow.train.patch_size),
-        channels=data.manifest.channels,
-        labels=data.labels,
-        preprocessing=data.preprocessing,
+        channels=source.channels,
+        labels=source.labels,
+        preprocessing=preprocessing or Preprocessing(),
         window=Window(
             patch_size=workflow.train.patch_size,
             overlap=workflow.infer.overlap,
@@ -65,7 +70,7 @@ def specification(workflow: Workflow, data: TrainingData, provenance: Mapping[st
             mirror_axes=workflow.infer.mirror_axes,
         ),
         postprocess=workflow.infer.postprocess,
-        provenance=provenance,
+        provenance=provenance or {},
     )
 
 

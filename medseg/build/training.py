@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from medseg.build.data import TrainingData
 from medseg.build.model import Hardware, find_model, network, specification
 from medseg.data.augment import Augmentation, augmentation
 from medseg.data.dataset import CachedCase, PatchDataset, StepSampler, patch_loader
-from medseg.data.manifest import expand_variables
+from medseg.data.manifest import Manifest, expand_variables
 from medseg.errors import WorkflowError
 from medseg.geometry import Volume
 from medseg.inference.predictor import SLICES_AT_ONCE, has_bf16
 from medseg.inference.sliding_window import sliding_window
+from medseg.labels import Labels
 from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
 from medseg.metrics import METRICS
 from medseg.model import ModelSpec, load_model
@@ -41,6 +42,19 @@ from medseg.workflow import Ramp as RampChoice
 from medseg.workflow import Workflow
 
 
+def check_parts(workflow: Workflow, source: Manifest) -> None:
+    """Build network, loss and augmentation once without memory, so that a slip is told before any case is read.
+
+    Raises:
+        WorkflowError: For the first part that cannot be built, with its line.
+    """
+    spec = specification(workflow, source)
+    with torch.device("meta"):
+        net = _network(workflow, spec)
+    loss(workflow, net)
+    _augmentation(workflow, source.labels, spec)
+
+
 def trainer(
     workflow: Workflow,
     data: TrainingData,
@@ -50,8 +64,10 @@ def trainer(
 ) -> Trainer:
     """Everything that trains, ready to `fit`; nothing is written yet."""
     options = workflow.train
-    spec = specification(workflow, data, {})
+    spec = specification(workflow, data.manifest, data.preprocessing)
     net = _network(workflow, spec)
+    with workflow.blamed("init"):
+        _start_from(workflow, net)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on the console
     fabric = Fabric(
         accelerator=hardware.accelerator, devices=hardware.devices, precision=_precision(workflow, hardware)
@@ -92,7 +108,7 @@ def trainer(
 
 
 def _network(workflow: Workflow, spec: ModelSpec) -> nn.Module:
-    """The network with its first weights: by seed, or those of another model."""
+    """The network with its first weights, which the seed decides."""
     options = workflow.train
     torch.manual_seed(options.seed)
     with workflow.blamed("network", "name"):
@@ -109,8 +125,6 @@ def _network(workflow: Workflow, spec: ModelSpec) -> nn.Module:
             )
     with workflow.blamed("train", "patch_size"):
         _unwrapped(net).check_size(options.patch_size)
-    with workflow.blamed("init"):
-        _start_from(workflow, net)
     return net
 
 
@@ -202,13 +216,12 @@ def _start_from(workflow: Workflow, net: nn.Module) -> None:
 
 def _batches(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fabric) -> Callable[[int], Iterable[Any]]:
     options = workflow.train
-    with workflow.blamed("augment"):
-        dataset = PatchDataset(
-            data.training,
-            _augmentation(workflow, data, spec),
-            foreground_ratio=options.foreground_ratio,
-            seed=options.seed,
-        )
+    dataset = PatchDataset(
+        data.training,
+        _augmentation(workflow, data.labels, spec, spacing_mm=data.training[0].geometry.spacing_mm),
+        foreground_ratio=options.foreground_ratio,
+        seed=options.seed,
+    )
     workers = _num_workers(workflow)
     last = options.iterations * options.accumulate
 
@@ -228,15 +241,17 @@ def _target(workflow: Workflow, data: TrainingData) -> Target:
     return lambda label: data.labels.target(label.narrow(axis, context, 1))  # the slice between its neighbors
 
 
-def _augmentation(workflow: Workflow, data: TrainingData, spec: ModelSpec) -> Augmentation:
+def _augmentation(
+    workflow: Workflow, labels: Labels, spec: ModelSpec, *, spacing_mm: Sequence[float] | None = None
+) -> Augmentation:
     recipe: Any = workflow.augment
     if not isinstance(recipe, str):
         recipe = [{"name": part.name, "args": part.args} for part in recipe]
     patch = list(spec.window.patch_size)
     if spec.spatial_dims == 2:
         patch.insert(spec.window.slice_axis, 1 + 2 * spec.window.context_slices)
-    spacing = data.training[0].geometry.spacing_mm
-    return augmentation(recipe, patch_size=tuple(patch), labels=data.labels, spacing_mm=spacing)
+    with workflow.blamed("augment"):
+        return augmentation(recipe, patch_size=tuple(patch), labels=labels, spacing_mm=spacing_mm)
 
 
 def _num_workers(workflow: Workflow) -> int:
