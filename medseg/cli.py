@@ -75,7 +75,6 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="GPUs or processes.")] = 1,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +89,6 @@ def train(
             output=output,
             resume=resume,
             device=device,
-            devices=devices,
             dry_run=dry_run,
         )
     print_result(result, as_json)

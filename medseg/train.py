@@ -44,7 +44,6 @@ def train(
     output: Path | None = None,
     resume: bool = False,
     device: str = "auto",
-    devices: int = 1,
     dry_run: bool = False,
 ) -> Result:
     """Train what a workflow describes.
@@ -56,7 +55,6 @@ def train(
         output: Run folder; by default ``runs/<name>/<time>-<id>``.
         resume: Go on with the run in `output`, or with the workflow's latest unfinished one.
         device: ``auto``, ``cpu`` or ``cuda``.
-        devices: How many.
         dry_run: Build everything, run a few iterations, say how long the training will take, and stop.
 
     Returns:
@@ -66,7 +64,7 @@ def train(
         MedsegError: For everything a user can mend.
     """
     plan = Workflow.load(workflow, overrides)
-    hardware = Hardware(device, devices)
+    hardware = Hardware(device)
     held_out = _fold(fold, plan)
     if dry_run:
         return _rehearse(plan, 0 if held_out is None else held_out, hardware)

@@ -79,7 +79,7 @@ def test_train_hands_its_arguments_to_the_verb(fake: Fake) -> None:
     calls = fake("train")
     result = medseg(
         "train", "w.yaml", "--set", "train.batch_size=4", "--set", "name=x", "--fold", "all",
-        "--output", "out", "--resume", "--device", "cpu", "--devices", "2", "--dry-run",
+        "--output", "out", "--resume", "--device", "cpu", "--dry-run",
     )  # fmt: skip
     assert result.exit_code == 0
     assert calls == [
@@ -90,7 +90,6 @@ def test_train_hands_its_arguments_to_the_verb(fake: Fake) -> None:
             "output": Path("out"),
             "resume": True,
             "device": "cpu",
-            "devices": 2,
             "dry_run": True,
         }
     ]

@@ -27,6 +27,17 @@ def test_regions_become_channels_and_ignored_voxels_a_mask():
     assert mask.tolist() == [[[[True, True], [True, False]]]]
 
 
+@pytest.mark.parametrize("num_classes", [2, 3, 7])
+def test_each_voxel_gets_the_class_of_its_largest_logit(num_classes):
+    labels = Labels({n: f"organ {n}" for n in range(num_classes)})
+    logits = torch.randn((2, num_classes, 5, 6, 7), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(labels.segment(logits).long(), logits.argmax(dim=1))
+
+
+def test_equal_logits_go_to_the_first_class():
+    assert PLAIN.segment(torch.ones((1, 3, 2, 2))).eq(0).all()
+
+
 def test_later_regions_are_written_over_earlier_ones():
     logits = torch.tensor([[[[-1.0, 1.0, 1.0]], [[-1.0, -1.0, 1.0]]]])  # (B, R, I, J)
     assert REGIONS.segment(logits).tolist() == [[[0, 1, 2]]]

@@ -30,11 +30,9 @@ class Hardware:
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        devices: How many.
     """
 
     device: str = "auto"
-    devices: int = 1
 
     @property
     def accelerator(self) -> str:
@@ -121,8 +119,18 @@ def predictor(
         axes = tuple(a for a in range(3) if spec.spatial_dims == 3 or a != window.slice_axis)
         window = replace(window, mirror_axes=axes)
     net = network(spec)
-    net.load_state_dict(dict(weights or stored))
+    _load(net, weights or stored, model)
     return Predictor(replace(spec, window=window), net, device=Hardware(device).accelerator)
+
+
+def _load(net: nn.Module, weights: Mapping[str, Tensor], model: str) -> None:
+    try:
+        net.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        differing = "; ".join(line.strip() for line in str(error).splitlines()[1:5])
+        raise ModelError(
+            "E-MODEL-WEIGHTS", f"the weights are not those of the network in model.json: {differing}", where=model
+        ) from None
 
 
 def find_model(model: str, tracking_uri: str | None = None) -> Path:

@@ -69,11 +69,7 @@ def trainer(
     with workflow.blamed("init"):
         _start_from(workflow, net)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on the console
-    fabric = Fabric(
-        accelerator=hardware.accelerator, devices=hardware.devices, precision=_precision(workflow, hardware)
-    )
-    if hardware.devices > 1:
-        fabric.launch()
+    fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=_precision(workflow, hardware))
     parameters = options.optimizer
     optimizer = optim.make_optimizer(
         parameters.name,
