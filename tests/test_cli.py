@@ -39,6 +39,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
         stand = ModuleType(module or f"medseg.{verb}")
         setattr(stand, verb, stand_in)
+        stand.comparison_table = lambda result: ""  # what the command imports beside `compare`
         monkeypatch.setitem(sys.modules, stand.__name__, stand)
         return calls
 

@@ -77,7 +77,7 @@ def training_data(workflow: Workflow, source: Manifest, fold: int) -> TrainingDa
 def manifest(workflow: Workflow) -> Manifest:
     """The workflow's data set; a phantom's cases are made if they are not there yet."""
     with workflow.blamed("data", "manifest"):
-        path = workflow.file.parent / expand_variables(workflow.data.manifest, str(workflow.file))
+        path = workflow.file.parent / expand_variables(workflow.data.manifest)
         loaded = Manifest.load(path)
         if loaded.phantom:
             _make_phantoms(loaded)

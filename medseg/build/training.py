@@ -192,7 +192,7 @@ def tracker(
 def _start_from(workflow: Workflow, net: nn.Module) -> None:
     if workflow.init is None:
         return
-    path = workflow.file.parent / expand_variables(workflow.init.model, str(workflow.file))
+    path = workflow.file.parent / expand_variables(workflow.init.model)
     _, weights = load_model(find_model(str(path) if path.exists() else workflow.init.model, workflow.track.uri))
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(workflow.init.skip)}
     own = net.state_dict()

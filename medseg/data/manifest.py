@@ -241,7 +241,7 @@ def cache_folder() -> Path:
     )
 
 
-def expand_variables(text: str, where: str) -> str:
+def expand_variables(text: str, where: str | None = None) -> str:
     """Replace ``${NAME}`` by the environment's value.
 
     Raises:
