@@ -1,6 +1,6 @@
 """Makes the README's picture: a model segments a synthetic CT it has never seen, at a finer resolution than it was trained on.
 
-    python docs/picture.py RUN docs/phantom_liver.png
+python docs/picture.py RUN docs/phantom_liver.png
 """
 
 from __future__ import annotations

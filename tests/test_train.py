@@ -187,6 +187,11 @@ def test_a_dry_run_says_how_long_and_leaves_nothing(home, capsys):
             r"tiny\.yaml:3:3 data\.manifest: .*datset\.json: cannot be read .*did you mean 'dataset",
         ),
         (
+            "dataset.json",
+            "${NOT_SET}/x.json",
+            r"tiny\.yaml:3:3 data\.manifest: .*needs the environment variable NOT_SET",
+        ),
+        (
             "batch_size: 2",
             "batch_size: 20",
             r"tiny\.yaml:8:3 train\.batch_size: batch_size 20 but fold 0 has 4 training cases",
