@@ -90,6 +90,12 @@ class CachedCase:
         """The preprocessed grid."""
         return Geometry(tuple(self.description["geometry"]["shape"]), np.array(self.description["geometry"]["affine"]))
 
+    def preloaded(self) -> CachedCase:
+        """Itself, its arrays read now where they are to be in memory: worker processes then share them."""
+        if self.in_memory:
+            _ = self.image, self.label, self.voxels
+        return self
+
     def _load(self, name: str) -> npt.NDArray[Any]:
         return np.load(self.folder / name, mmap_mode=None if self.in_memory else "r", allow_pickle=False)
 
@@ -125,7 +131,7 @@ class CaseCache:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading, zlib and numpy let go of the interpreter lock
             for outcome in track(pool.map(self._attempt, cases), description, total=len(cases)):
                 if isinstance(outcome, CachedCase):
-                    ready.append(outcome)
+                    ready.append(outcome.preloaded())
                 else:
                     problems.append(outcome)
         if problems:

@@ -65,10 +65,10 @@ def tumors(seed: int, hu: Enhancement, room: Solid) -> Iterator[Part]:
     rng = keyed_rng(seed, "tumors")
     count = int(rng.choice([0, 1, 2, 3, 4], p=(0.35, 0.25, 0.2, 0.1, 0.1)))
     for _ in range(count):
-        radius = float(np.exp(rng.uniform(np.log(6), np.log(20))))
+        radius = float(np.exp(rng.uniform(np.log(9), np.log(26))))
         center = _place(rng, room, radius)
         lobules = [ellipsoid(near(rng, center, 0.35 * radius), radius * rng.uniform(0.7, 1, 3)) for _ in range(3)]
-        contrast = rng.uniform(16, 34) if rng.random() < 0.3 else -rng.uniform(24, 46)
+        contrast = rng.uniform(28, 48) if rng.random() < 0.3 else -rng.uniform(34, 60)
         look = tissues.lesion(hu.liver + contrast, rim=rng.uniform(-8, 14), core=rng.uniform(-20, 0), radius_mm=radius)
         shape = merged(*lobules, blend_mm=3)
         yield Part(shape, look, ORGANS.index("tumour"), inside=ORGANS.index("liver"))
