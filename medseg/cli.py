@@ -18,6 +18,7 @@ from medseg.outcome import (
     parts_table,
     print_result,
     stdout_kept_free,
+    training_summary,
 )
 
 # Nothing above loads torch, MONAI or MLflow, and verbs are imported where they are called: `--help` is instant.
@@ -91,7 +92,7 @@ def train(
             device=device,
             dry_run=dry_run,
         )
-    print_result(result, as_json)
+    print_result(result, as_json, training_summary)
 
 
 @app.command()

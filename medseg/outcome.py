@@ -11,8 +11,9 @@ from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from medseg.display import console
@@ -62,7 +63,7 @@ def print_result(result: Result, as_json: bool, table: Callable[[Result], Render
     if as_json:
         sys.stdout.write(json.dumps(_plain(result), allow_nan=False) + "\n")
     else:
-        Console(highlight=False).print((table or _listing)(result), markup=False, soft_wrap=table is None)
+        Console(highlight=False).print((table or _listing)(result), markup=False, soft_wrap=table is None, crop=False)
 
 
 def _plain(value: Any) -> Any:
@@ -113,6 +114,27 @@ def evaluation_table(result: Result) -> Table:
     table.add_section()
     table.add_row("mean", *(_one_line(result["mean"][name]) for name in names))
     return table
+
+
+def training_summary(result: Result) -> RenderableType:
+    """How well each organ was found, where everything is, and what to do next."""
+    if "model_dir" not in result:  # a rehearsal, or all folds
+        return Text(_listing(result))
+    best, last = result["best"], result["last"]
+    table = Table("held-out Dice", *best["dice"], "mean", box=None, padding=(0, 2, 0, 0))
+    for name, found in (("best", best), ("last", last)):
+        dice = [f"{value:.3f}" for value in (*found["dice"].values(), found["mean_dice"])]
+        table.add_row(f"{name} checkpoint, iteration {found['step']}", *dice)
+    run = result["run_dir"]
+    places = {
+        "model": result["model_dir"],
+        "pictures": result["pictures"],
+        "per case": result["per_case"],
+        "MLflow run": f"{result['mlflow_run_id']}   (medseg ui)",
+        "next": f"medseg predict {run} SCAN -o segmentations",
+    }
+    lines = "\n".join(f"{name:<12}{place}" for name, place in places.items())
+    return Group(table, Text(f"\n{lines}\n", overflow="ignore", no_wrap=True))
 
 
 def _score(score: Result) -> str:
