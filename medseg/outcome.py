@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from medseg.errors import MedsegError
 
 Result = Mapping[str, Any]
 
+REFUSED = 2
 SOME_CASES_FAILED = 3
 INTERNAL_ERROR = 4
 INTERRUPTED = 130
@@ -45,6 +47,11 @@ class OneMessage(TyperGroup):
             _fail("interrupted", INTERRUPTED, debug=ctx.params["debug"])
         except MedsegError as error:
             _fail(str(error), error.exit_code, debug=ctx.params["debug"])
+        except OSError as error:
+            if not error.filename:
+                raise
+            code = INTERNAL_ERROR if error.errno == errno.ENOSPC else REFUSED
+            _fail(f"E-FILE {error.filename}: {error.strerror}", code, debug=ctx.params["debug"])
         except Exception as error:
             found = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
             message = f"internal error: {found}; this is a fault of medseg: run with --debug for the traceback"

@@ -21,10 +21,12 @@ from medseg.build.training import trainer as make_trainer
 from medseg.data.nifti import read_label
 from medseg.display import console, track
 from medseg.errors import Interrupted, WorkflowError
+from medseg.files import write_atomically
 from medseg.metrics.table import Score, score_case, summarize, write_table
 from medseg.model import save_model
 from medseg.training.live import LiveDisplay
-from medseg.training.run_folder import RunFolder
+from medseg.training.run_folder import RESULT, RunFolder
+from medseg.training.signals import ending_work
 from medseg.training.state import Progress
 from medseg.training.trainer import Trainer
 from medseg.training.validator import Validator
@@ -68,7 +70,7 @@ def train(
     held_out = _fold(fold, plan)
     if dry_run:
         return _rehearse(plan, 0 if held_out is None else held_out, hardware)
-    folder = _choose_folder(plan, output, resume=resume)
+    folder = _choose_folder(plan, output, resume=resume, all_folds=held_out is None)
     try:
         if held_out is None:
             return _cross_validate(plan, folder, hardware)
@@ -84,6 +86,7 @@ def _train_fold(
     plan: Workflow, path: Path, fold: int, hardware: Hardware, *, parent_run_id: str | None = None
 ) -> Result:
     started = time.monotonic()
+    plan = plan.model_copy(update={"validate_": plan.validate_.model_copy(update={"fold": fold})})  # as it is recorded
     data = _prepare(plan, fold)
     display = LiveDisplay(console(), f"{plan.name} fold {fold}", plan.train.iterations)
     trainer = make_trainer(plan, data, observer=display, hardware=hardware)
@@ -94,16 +97,18 @@ def _train_fold(
         try:
             with display:
                 progress = trainer.fit(folder, tracker)
-            result = _finish(plan, data, trainer, progress, tracker)
+            with ending_work("the training is done and saved, its scoring is not"):
+                result = _finish(plan, data, trainer, progress, tracker)
             result["seconds"] = round(time.monotonic() - started, 1)
             tracker.log_metrics({"seconds": result["seconds"]}, progress.step)
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             tracker.finish("KILLED")
             raise
         except BaseException:
             tracker.finish("FAILED")
             raise
         tracker.finish("FINISHED")
+        folder.write(RESULT, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -163,26 +168,34 @@ def _score(
     plan: Workflow, data: TrainingData, run: Path, weights: Mapping[str, Any], device: str, which: str
 ) -> list[Score]:
     """Segment every held-out scan as `medseg predict` would, and score it on its own grid."""
-    segment = predictor(str(run), device=device, weights=weights)
+    segment = predictor(str(run), device=device, weights=weights, precision=plan.train.precision)
     scores: list[Score] = []
     for case in track(data.held_out, f"scoring the {which} checkpoint"):
         assert case.label is not None
         prediction = segment.segment(case.images).label
-        reference = read_label(case.label)
+        reference = read_label(case.label, assume_spacing_mm=plan.data.assume_spacing_mm)
         scores += score_case(case.id, reference, prediction, data.labels, unions=plan.validate_.unions)
     return scores
 
 
 def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
     """Every fold, one after the other, as nested MLflow runs under a parent that holds the joint result."""
-    folds = sorted(set(manifest(plan).folds().values()))
+    source = manifest(plan)
+    check_parts(plan, source)
+    folds = sorted(set(source.folds().values()))
+    for fold in folds:
+        source.split(fold)
     path.mkdir(parents=True, exist_ok=True)
     parent = make_tracker(plan, path, run_name=f"{plan.name}-cv", tags={"medseg.folds": str(len(folds))})
     results = []
     try:
         for fold in folds:
-            results.append(_train_fold(plan, path / f"fold_{fold}", fold, hardware, parent_run_id=parent.run_id))
-    except Interrupted:
+            done = path / f"fold_{fold}" / RESULT
+            if done.exists():
+                results.append(json.loads(done.read_text()))
+            else:
+                results.append(_train_fold(plan, done.parent, fold, hardware, parent_run_id=parent.run_id))
+    except (Interrupted, KeyboardInterrupt):
         parent.finish("KILLED")
         raise
     except BaseException:
@@ -194,7 +207,7 @@ def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
     mean = float(np.mean([r["best"]["mean_dice"] for r in results]))
     parent.log_metrics({f"cv/dice/{organ}": value for organ, value in best.items()} | {"cv/mean_dice": mean}, 0)
     parent.finish("FINISHED")
-    return {
+    joint = {
         "run_dir": str(path),
         "mlflow_run_id": parent.run_id,
         "best": {"mean_dice": mean, "dice": best},
@@ -202,6 +215,8 @@ def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
         "seconds": sum(r["seconds"] for r in results),
         "iterations": sum(r["iterations"] for r in results),
     }
+    write_atomically(path / RESULT, (json.dumps(joint, indent=1) + "\n").encode())
+    return joint
 
 
 def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
@@ -222,7 +237,8 @@ def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
     step = float(np.median(seconds)) * plan.train.accumulate
     num_validations = math.ceil(plan.train.iterations / plan.train.validate_every)
     num_cases = min(plan.validate_.max_cases, len(data.validation))
-    total = plan.train.iterations * step + num_validations * num_cases * validation
+    scoring = 2 * len(data.held_out) * 2 ** len(plan.infer.mirror_axes)  # best and last, in all mirrored copies
+    total = plan.train.iterations * step + (num_validations * num_cases + scoring) * validation
     console().print(
         f"{plan.name}: {len(data.training)} training and {len(data.validation)} held-out cases; "
         f"{step:.2f} s an iteration, {validation:.1f} s a validation case: about {_duration(total)} on this machine"
@@ -249,7 +265,7 @@ def _fold(fold: str | None, plan: Workflow) -> int | None:
     return int(fold)
 
 
-def _choose_folder(plan: Workflow, output: Path | None, *, resume: bool) -> Path:
+def _choose_folder(plan: Workflow, output: Path | None, *, resume: bool, all_folds: bool) -> Path:
     if not resume:
         if output and output.exists() and any(output.iterdir()):
             raise WorkflowError(
@@ -260,7 +276,8 @@ def _choose_folder(plan: Workflow, output: Path | None, *, resume: bool) -> Path
         return output or RUNS / plan.name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if output:
         return output
-    unfinished = [run for run in sorted((RUNS / plan.name).glob("*-*")) if not (run / "model" / "model.json").exists()]
+    started = sorted((RUNS / plan.name).glob("*-*"))
+    unfinished = [run for run in started if not (run / RESULT).exists() and _is_of_folds(run) == all_folds]
     if not unfinished:
         raise WorkflowError(
             "E-RESUME", f"{RUNS / plan.name} holds no unfinished run; name one with --output", where="--resume"
@@ -268,30 +285,14 @@ def _choose_folder(plan: Workflow, output: Path | None, *, resume: bool) -> Path
     return unfinished[-1]
 
 
+def _is_of_folds(run: Path) -> bool:
+    return any(run.glob("fold_*"))
+
+
 def _record(plan: Workflow, data: TrainingData, folder: RunFolder) -> None:
-    """Write down workflow and manifest; a resumed run must find its own."""
     resolved = plan.model_copy(update={"data": plan.data.model_copy(update={"manifest": "manifest.json"})})
-    texts = {
-        "workflow.yaml": resolved.to_yaml(),
-        "manifest.json": json.dumps(data.manifest.to_dict(data.hashes), indent=1) + "\n",
-    }
-    for name, text in texts.items():
-        known = folder.path / name
-        if known.exists() and known.read_text() != text:
-            changed = _first_difference(known.read_text(), text)
-            raise WorkflowError(
-                "E-RESUME",
-                f"differs from what this run began with: {changed}; undo that, or start a new run",
-                where=str(known),
-            )
-        folder.write(name, text)
-
-
-def _first_difference(before: str, after: str) -> str:
-    for old, new in zip(before.splitlines(), after.splitlines(), strict=False):
-        if old != new:
-            return f"{old.strip()!r} is now {new.strip()!r}"
-    return "its length"
+    folder.record("workflow.yaml", resolved.to_yaml())
+    folder.record("manifest.json", json.dumps(data.manifest.to_dict(data.hashes), indent=1) + "\n")
 
 
 def _means(scores: Sequence[Score]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from medseg.registry import did_you_mean
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Overlap = Annotated[float, Field(ge=0, lt=1)]
 Spacing = Annotated[tuple[PositiveFloat, ...], Field(min_length=2, max_length=3)]
 Patch = Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=3)]
@@ -46,6 +47,12 @@ class IntensityChoice(Section):
     clip: tuple[float, float] | None = Field(None, description="lowest and highest value kept, e.g. HU")
     normalize: Literal["zscore", "foreground", "minmax", "none"] = "zscore"
 
+    @model_validator(mode="after")
+    def _low_before_high(self) -> IntensityChoice:
+        if self.clip and self.clip[0] >= self.clip[1]:
+            raise ValueError(f"must be [lowest, highest], found {list(self.clip)}")
+        return self
+
 
 class Data(Section):
     manifest: str = Field(description="JSON datalist, relative to this file; ${MEDSEG_DATA} is expanded")
@@ -64,7 +71,7 @@ class Data(Section):
 
 
 class NetworkChoice(Part):
-    encoder_weights: str | None = None
+    encoder_weights: None = Field(None, description="published weights cannot be loaded yet")
 
 
 class Init(Section):
@@ -87,7 +94,7 @@ class Optimizer(Section):
     lr: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     momentum: Fraction = Field(0.99, description="sgd only, Nesterov")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="adam and adamw only")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adam and adamw only")
 
 
 class Schedule(Section):
@@ -110,7 +117,7 @@ class Train(Section):
     clip_grad_norm: PositiveFloat | None = 12.0
     accumulate: PositiveInt = 1
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    compile: bool | Literal["auto"] = "auto"
+    compile: Literal["auto", False] = Field("auto", description="compiling is not there yet")
     early_stop: PositiveInt | None = Field(None, description="validations without improvement")
     deep_supervision: bool = False
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged weights; 0: none")
@@ -119,7 +126,7 @@ class Train(Section):
 
 class Validate(Section):
     fold: Annotated[int, Field(ge=0)] = 0
-    metrics: tuple[str, ...] = ("dice",)
+    metrics: tuple[Literal["dice"], ...] = ("dice",)
     overlap: Overlap = 0.25
     max_cases: PositiveInt = Field(20, description="during training; all cases at the end")
     unions: dict[str, tuple[int, ...]] = Field(
@@ -148,7 +155,7 @@ class Workflow(Section):
     data: Data
     network: NetworkChoice
     init: Init | None = None
-    loss: tuple[LossTerm, ...] = (LossTerm(name="dice"), LossTerm(name="cross_entropy"))
+    loss: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = (LossTerm(name="dice"), LossTerm(name="cross_entropy"))
     augment: Literal["none", "default", "strong"] | tuple[Part, ...] = "default"
     train: Train
     validate_: Validate = Field(default_factory=Validate, alias="validate")
@@ -174,7 +181,7 @@ class Workflow(Section):
         for assignment in overrides:
             override(plain, positions, assignment)
         try:
-            workflow = cls.model_validate_json(json.dumps(plain))
+            workflow = cls.model_validate_json(json.dumps(plain, default=str))
         except ValidationError as error:
             raise Problems(_explain(error, positions, path)) from None
         workflow._file = path

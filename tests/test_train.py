@@ -76,6 +76,7 @@ def start(home: Path, *arguments: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -192,6 +193,29 @@ def test_a_dry_run_says_how_long_and_leaves_nothing(home, capsys):
             r"tiny\.yaml:3:3 data\.manifest: .*needs the environment variable NOT_SET",
         ),
         (
+            "fold: 0}",
+            "fold: 0, unions: {all: [1, 9]}}",
+            r"tiny\.yaml:13:\d+ validate\.unions\.all: labels \[9\] are not",
+        ),
+        ("name: tiny", "name: tiny\nloss: []", r"tiny\.yaml:2:1 loss: "),
+        (
+            "name: tiny",
+            "name: tiny\ninfer: {postprocess: {keep_largset: [bright]}}",
+            r"tiny\.yaml:2:\d+ infer\.postprocess",
+        ),
+        (
+            "name: tiny",
+            "name: tiny\nloss: [{name: cross_entropy, args: {class_weights: [1, 2]}}]",
+            r"tiny\.yaml:2:1 loss: cannot be computed for 3 outputs",
+        ),
+        ("channels: [4, 8]", "channels: [-1, 8]", r"tiny\.yaml:5:\d+ network\.args: network 'unet': "),
+        ("name: tiny", "name: tiny\naugment: [{name: flip, args: {axes: 5}}]", r"tiny\.yaml:2:1 augment: "),
+        (
+            "[1.0, 1.0, 2.0]",
+            "[1.0, 1.0, 2.0]\n  intensity: {clip: [250, -175]}",
+            r"tiny\.yaml:5:3 data\.intensity.*lowest",
+        ),
+        (
             "batch_size: 2",
             "batch_size: 20",
             r"tiny\.yaml:8:3 train\.batch_size: batch_size 20 but fold 0 has 4 training cases",
@@ -226,10 +250,28 @@ def test_a_run_resumes_only_with_its_own_workflow(home):
         train(Path("tiny.yaml"), output=Path(result["run_dir"]), resume=True)
 
 
+def test_a_run_resumes_only_with_its_own_fold(home):
+    result = train(Path("tiny.yaml"), fold="1", overrides=["train.iterations=4"])
+    with pytest.raises(MedsegError, match=r"E-RESUME .*'fold: 1' is now 'fold: 0'"):
+        train(Path("tiny.yaml"), overrides=["train.iterations=4"], output=Path(result["run_dir"]), resume=True)
+
+
+def test_resume_finds_the_latest_run_that_did_not_finish(home):
+    first = train(Path("tiny.yaml"), overrides=["train.iterations=4"])
+    with pytest.raises(MedsegError, match="holds no unfinished run"):
+        train(Path("tiny.yaml"), overrides=["train.iterations=4"], resume=True)
+    (Path(first["run_dir"]) / "result.json").unlink()  # as if killed while scoring
+    second = train(Path("tiny.yaml"), overrides=["train.iterations=4"], resume=True)
+    assert {key: second[key] for key in ("run_dir", "mlflow_run_id", "best")} == {
+        key: first[key] for key in ("run_dir", "mlflow_run_id", "best")
+    }
+    histories(home, second["mlflow_run_id"])
+
+
 def test_sigterm_saves_and_says_how_to_go_on(home):
     process = start(home, "--set", "train.iterations=100000", "--output", "out")
     wait_for(home / "out" / "checkpoints" / "last" / "step-00000004.sha256", process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do: data-loading workers get it too
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     command = re.search(r"medseg train tiny\.yaml .* --output out --resume", err.replace("\n", " "))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+import atexit
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from medseg.data.nifti import read_geometry
 from medseg.data.transforms import foreground_statistics
 from medseg.display import progress_bar
 from medseg.errors import DataError, WorkflowError
+from medseg.files import remove_leftovers, temporary_path
 from medseg.labels import Labels
 from medseg.model import Intensity, Preprocessing
 from medseg.workflow import IntensityChoice, Workflow
@@ -136,9 +138,14 @@ def _spacing(workflow: Workflow, plain: Preprocessing, training: Sequence[Case])
 
 
 def _cache_folder(workflow: Workflow) -> Path:
-    if workflow.data.cache == "none":
-        return Path(tempfile.mkdtemp(prefix="medseg-"))
-    return cache_folder() / "cases"
+    shared = cache_folder() / "cases"
+    if workflow.data.cache != "none":
+        return shared
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(shared.parent)  # of runs that were killed
+    own = temporary_path(shared)
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
 
 
 def _make_phantoms(source: Manifest) -> None:

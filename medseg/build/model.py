@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medseg.data.manifest import Manifest
 from medseg.errors import ModelError, WorkflowError
-from medseg.inference.predictor import Predictor
+from medseg.inference.predictor import Precision, Predictor
 from medseg.model import ModelSpec, Preprocessing, Window, load_model
 from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
@@ -87,7 +87,7 @@ def network(spec: ModelSpec, *, deep_supervision: bool = False) -> nn.Module:
             **spec.network_args,
             **extra,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise WorkflowError("E-ARGUMENT", f"network {spec.network!r}: {error}") from None
     return made if spec.spatial_dims == 3 else OnSlices(made, window.slice_axis, window.context_slices)
 
@@ -100,6 +100,7 @@ def predictor(
     tta: bool = False,
     tracking_uri: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    precision: Precision = "auto",
 ) -> Predictor:
     """A trained model, ready to segment.
 
@@ -110,6 +111,7 @@ def predictor(
         tta: Mirror along all axes.
         tracking_uri: Where to look for run ids.
         weights: Instead of the stored ones.
+        precision: ``auto``, ``fp32`` or ``bf16``.
     """
     spec, stored = load_model(find_model(model, tracking_uri))
     window = spec.window
@@ -120,7 +122,7 @@ def predictor(
         window = replace(window, mirror_axes=axes)
     net = network(spec)
     _load(net, weights or stored, model)
-    return Predictor(replace(spec, window=window), net, device=Hardware(device).accelerator)
+    return Predictor(replace(spec, window=window), net, device=Hardware(device).accelerator, precision=precision)
 
 
 def _load(net: nn.Module, weights: Mapping[str, Tensor], model: str) -> None:

@@ -23,11 +23,12 @@ from medseg.data.dataset import CachedCase, PatchDataset, StepSampler, patch_loa
 from medseg.data.manifest import Manifest, expand_variables
 from medseg.errors import WorkflowError
 from medseg.geometry import Volume
+from medseg.inference.postprocess import check_steps
 from medseg.inference.predictor import SLICES_AT_ONCE, has_bf16
 from medseg.inference.sliding_window import sliding_window
+from medseg.inference.tta import mirrored_channels
 from medseg.labels import Labels
 from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
-from medseg.metrics import METRICS
 from medseg.model import ModelSpec, load_model
 from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
@@ -35,6 +36,7 @@ from medseg.registry import check_arguments
 from medseg.reporting.overlay import contour_picture
 from medseg.tracking.mlflow_tracker import MlflowTracker
 from medseg.training import optim
+from medseg.training.signals import leave_to_parent
 from medseg.training.state import Observer, Settings, Target
 from medseg.training.trainer import Trainer
 from medseg.training.validator import Validator
@@ -51,8 +53,20 @@ def check_parts(workflow: Workflow, source: Manifest) -> None:
     spec = specification(workflow, source)
     with torch.device("meta"):
         net = _network(workflow, spec)
-    loss(workflow, net)
+    _try_loss(workflow, source.labels, loss(workflow, net))
     _augmentation(workflow, source.labels, spec)
+    with workflow.blamed("infer", "postprocess"):
+        check_steps(workflow.infer.postprocess, source.labels)
+    with workflow.blamed("infer", "mirror_axes"):
+        mirrored_channels(source.labels) if workflow.infer.mirror_axes else ()
+    for name, values in workflow.validate_.unions.items():
+        unknown = sorted(set(values) - set(source.labels.names))
+        if unknown:
+            raise WorkflowError(
+                "E-UNION",
+                f"labels {unknown} are not declared; the manifest has {dict(source.labels.names)}",
+                where=workflow.where("validate", "unions", name),
+            )
 
 
 def trainer(
@@ -143,12 +157,18 @@ def loss(workflow: Workflow, net: nn.Module) -> nn.Module:
     return summed
 
 
+def _try_loss(workflow: Workflow, labels: Labels, made: nn.Module) -> None:
+    target, mask = labels.target(torch.zeros((1, 1, 2, 2, 2), dtype=torch.uint8))
+    with workflow.blamed("loss"):
+        try:
+            made(torch.zeros((1, labels.num_outputs, 2, 2, 2)), target, mask)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise WorkflowError("E-ARGUMENT", f"cannot be computed for {labels.num_outputs} outputs: {error}") from None
+
+
 def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, hardware: Hardware) -> Validator:
     """Scores a network on the held-out cases, on the preprocessed grid."""
     chosen = workflow.validate_
-    for name in chosen.metrics:
-        with workflow.blamed("validate", "metrics"):
-            METRICS[name]
     window = replace(spec.window, overlap=chosen.overlap, mirror_axes=())
 
     autocast = torch.bfloat16 if _precision(workflow, hardware) == "bf16-mixed" else None
@@ -225,7 +245,8 @@ def _batches(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fa
         sampler = StepSampler(
             first, last, batch_size=options.batch_size, rank=fabric.global_rank, world_size=fabric.world_size
         )
-        return patch_loader(dataset, sampler, workers=workers, pin_memory=fabric.device.type == "cuda")
+        pin_memory = fabric.device.type == "cuda"
+        return patch_loader(dataset, sampler, workers=workers, pin_memory=pin_memory, worker_init=leave_to_parent)
 
     return batches
 

@@ -151,7 +151,10 @@ def _build(name: str, args: Mapping[str, Any], settings: Mapping[str, Any]) -> A
     transform = AUGMENTATIONS[name]
     check_arguments(f"augmentation {name!r}", transform, args, given=SET_BY_MEDSEG)
     taken = inspect.signature(transform).parameters.keys() & settings.keys()
-    return transform(**{key: settings[key] for key in taken}, **args)
+    try:
+        return transform(**{key: settings[key] for key in taken}, **args)
+    except (TypeError, ValueError) as error:
+        raise WorkflowError("E-ARGUMENT", f"augmentation {name!r}: {error}") from None
 
 
 def _random_state(seed: int, position: int) -> np.random.RandomState:

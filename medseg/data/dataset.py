@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -251,7 +251,12 @@ class StepSampler(Sampler[list[int]]):
 
 
 def patch_loader(
-    dataset: PatchDataset, sampler: StepSampler, *, workers: int, pin_memory: bool = False
+    dataset: PatchDataset,
+    sampler: StepSampler,
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    worker_init: Callable[[int], None] | None = None,
 ) -> DataLoader[Patch]:
     """Batches: ``image`` (B, C, I, J, K), ``label`` (B, 1, I, J, K), ``case`` list of ids."""
     return DataLoader(
@@ -259,8 +264,8 @@ def patch_loader(
         batch_sampler=sampler,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        persistent_workers=False,
         pin_memory=pin_memory,
+        worker_init_fn=worker_init,
     )
 
 

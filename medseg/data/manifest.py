@@ -197,7 +197,10 @@ class Manifest:
             if case.id in folds:
                 full["fold"] = folds[case.id]
             if hashes:
-                full["sha256"] = {file.name: hashes[file] for file in case.files if file in hashes}
+                full["sha256"] = {
+                    "image": [hashes[image] for image in case.images if image in hashes],
+                    **({"label": hashes[case.label]} if case.label in hashes else {}),
+                }
             return full
 
         return {

@@ -14,6 +14,9 @@ from typing import Any
 from medseg.errors import WorkflowError
 from medseg.files import remove_leftovers, write_atomically
 
+RESULT = "result.json"
+"""Written last: a run without it is unfinished."""
+
 VALIDATION_COLUMNS = ("step", "case", "organ", "dice")
 
 
@@ -32,7 +35,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies, however
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, whatever its workers do
         except OSError:
             self._lock.close()
             raise WorkflowError(
@@ -41,6 +44,7 @@ class RunFolder:
                 where=str(path),
             ) from None
         remove_leftovers(path)
+        remove_leftovers(self.model)
 
     @property
     def checkpoints(self) -> Path:
@@ -64,10 +68,25 @@ class RunFolder:
         """A JSON line per logged step."""
         return self.path / "log.jsonl"
 
-    def write(self, name: str, text: str) -> Path:
+    def write(self, name: str, text: str) -> None:
         """Write a text file whole."""
         write_atomically(self.path / name, text.encode())
-        return self.path / name
+
+    def record(self, name: str, text: str) -> None:
+        """Write down what the run is made from; a resumed run must be made from the same.
+
+        Raises:
+            WorkflowError: If the file is there and says something else.
+        """
+        known = self.path / name
+        if known.exists() and known.read_text() != text:
+            changed = _first_difference(known.read_text(), text)
+            raise WorkflowError(
+                "E-RESUME",
+                f"differs from what this run began with: {changed}; undo that, or start a new run",
+                where=str(known),
+            )
+        self.write(name, text)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         with self.log_file.open("a") as stream:
@@ -89,11 +108,11 @@ class RunFolder:
             kept = [line for line in self.log_file.read_text().splitlines() if _step_of(line) <= step]
             write_atomically(self.log_file, "".join(f"{line}\n" for line in kept).encode())
         if self.validation_table.exists():
-            header, *rows = self.validation_table.read_text().splitlines() or [""]
-            kept = [
-                row for row in rows if row.count(",") == len(VALIDATION_COLUMNS) - 1 and int(row.split(",")[0]) <= step
-            ]
-            write_atomically(self.validation_table, "".join(f"{line}\n" for line in [header, *kept]).encode())
+            header, *rows = csv.reader(self.validation_table.read_text().splitlines())
+            whole = [row for row in rows if len(row) == len(VALIDATION_COLUMNS) and int(row[0]) <= step]
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([header, *whole])
+            write_atomically(self.validation_table, text.getvalue().encode())
         for folder in self.pictures.glob("step-*"):
             if int(folder.name.split("-")[1]) > step:
                 for picture in folder.iterdir():
@@ -108,8 +127,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others write into it."""
-        self._lock.close()
-        (self.path / ".lock").unlink(missing_ok=True)
+        self._lock.close()  # the file stays: who removed it would let two others in
 
 
 def _step_of(line: str) -> float:
@@ -117,3 +135,10 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # torn by a kill
         return float("inf")
+
+
+def _first_difference(before: str, after: str) -> str:
+    for old, new in zip(before.splitlines(), after.splitlines(), strict=False):
+        if old != new:
+            return f"{old.strip()!r} is now {new.strip()!r}"
+    return "its length"

@@ -11,7 +11,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from medseg.errors import Interrupted, TrainingError
 from medseg.training.checkpoint import Checkpoints
 from medseg.training.optim import Rate
 from medseg.training.run_folder import RunFolder
+from medseg.training.signals import handled_by
 from medseg.training.state import Batch, Observer, Progress, Settings, Target, Tracker, Validation
 
 LOG_EVERY = 10
@@ -65,8 +65,8 @@ class Trainer:
         observer: Observer,
     ) -> None:
         self.fabric = fabric
-        self.ema = _averaged(network, settings.ema)
         self.network, self.optimizer = fabric.setup(network, optimizer)
+        self.ema = _averaged(self.network.module, settings.ema)  # only now is it on its device
         self.loss = loss
         self.rate = rate
         self.batches = batches
@@ -99,7 +99,7 @@ class Trainer:
         self.last = Checkpoints(folder.checkpoints / "last", keep=2)
         self.best = Checkpoints(folder.checkpoints / "best", keep=2)
         self._resume()
-        with self._signals():
+        with handled_by(self._ask_to_stop):
             while not self._finished():
                 try:
                     self._run_until_done_or_diverged()
@@ -274,28 +274,19 @@ class Trainer:
                 f"{restores - 1} times; look at cases {cases}, or lower train.optimizer.lr",
             )
         self._load(state)
+        self.folder.continue_from(self.progress.step)
         self.progress.restores, self.progress.lr_scale = restores, scale
         self.save()
         self.observer.note(
             f"loss not finite {MAX_SKIPS} times in a row: back to iteration {self.progress.step}, learning rate × {scale}"
         )
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the loop after the step under way; a second Ctrl-C ends it at once."""
-
-        def ask_to_stop(number: int, frame: Any) -> None:
-            if self._stop and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop = signal.Signals(number)
-            self.observer.note(f"{self._stop.name}: finishing this iteration and saving …")
-
-        before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        """End the loop after the step under way; a second Ctrl-C ends it at once."""
+        if self._stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._stop = signal.Signals(number)
+        self.observer.note(f"{self._stop.name}: finishing this iteration and saving …")
 
 
 class _Diverged(Exception):
