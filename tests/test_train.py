@@ -206,7 +206,7 @@ def test_a_dry_run_says_how_long_and_leaves_nothing(home, capsys):
         (
             "name: tiny",
             "name: tiny\nloss: [{name: cross_entropy, args: {class_weights: [1, 2]}}]",
-            r"tiny\.yaml:2:1 loss: cannot be computed for 3 outputs",
+            r"tiny\.yaml:2:1 loss: .*class_weights has 2 entries but the network has 3 outputs",
         ),
         ("channels: [4, 8]", "channels: [-1, 8]", r"tiny\.yaml:5:\d+ network\.args: network 'unet': "),
         ("name: tiny", "name: tiny\naugment: [{name: flip, args: {axes: 5}}]", r"tiny\.yaml:2:1 augment: "),
