@@ -199,7 +199,7 @@ class Manifest:
             if hashes:
                 full["sha256"] = {
                     "image": [hashes[image] for image in case.images if image in hashes],
-                    **({"label": hashes[case.label]} if case.label in hashes else {}),
+                    **({"label": hashes[case.label]} if case.label and case.label in hashes else {}),
                 }
             return full
 
