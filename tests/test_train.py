@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
 from medseg.data.nifti import read_label, read_volume, write_volume
 from medseg.errors import MedsegError
 from medseg.geometry import Geometry, Volume
 from medseg.predict import predict
+from medseg.tracking.mlflow_tracker import open_store
 from medseg.train import train
 
 LABELS = {"0": "background", "1": "bright", "2": "dark"}
@@ -89,7 +89,7 @@ def run(home: Path, *arguments: str) -> dict:
 
 def histories(home: Path, run_id: str) -> dict[str, dict[int, float]]:
     """Every metric of an MLflow run, step by step; fails where a step stands twice."""
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    client = open_store(f"sqlite:///{home / 'mlflow.db'}")
     found = {}
     for key in client.get_run(run_id).data.metrics:
         history = client.get_metric_history(run_id, key)
@@ -109,7 +109,7 @@ def test_a_training_leaves_a_model_tables_pictures_and_an_mlflow_run(home):
     assert len(list(folder.glob("pictures/step-*/*.png"))) == 6
     metrics = histories(home, result["mlflow_run_id"])
     assert sorted(metrics["val/dice/bright"]) == [4, 8, 12]
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    client = open_store(f"sqlite:///{home / 'mlflow.db'}")
     recorded = client.get_run(result["mlflow_run_id"])
     assert recorded.info.status == "FINISHED"
     assert recorded.data.params["train.batch_size"] == "2"
@@ -128,7 +128,7 @@ def test_the_trained_model_segments_on_the_scans_own_grid(home):
 
 def test_all_folds_are_nested_runs_under_a_parent_with_the_joint_result(home):
     result = train(Path("tiny.yaml"), fold="all", overrides=["train.iterations=4"])
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    client = open_store(f"sqlite:///{home / 'mlflow.db'}")
     for fold in result["folds"]:
         tags = client.get_run(fold["mlflow_run_id"]).data.tags
         assert tags["mlflow.parentRunId"] == result["mlflow_run_id"]
@@ -277,7 +277,7 @@ def test_sigterm_saves_and_says_how_to_go_on(home):
     command = re.search(r"medseg train tiny\.yaml .* --output out --resume", err.replace("\n", " "))
     assert command, err
     recorded = json.loads((home / "out" / "tracking.json").read_text())
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    client = open_store(f"sqlite:///{home / 'mlflow.db'}")
     assert client.get_run(recorded["run_id"]).info.status == "KILLED"
 
 
@@ -306,7 +306,7 @@ def assert_as_if_never_killed(home: Path, whole: dict, broken: dict) -> None:
     expected, found = (histories(home, r["mlflow_run_id"]) for r in (whole, broken))
     del expected["seconds"], found["seconds"]  # the only ones that may differ
     assert found == expected
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    client = open_store(f"sqlite:///{home / 'mlflow.db'}")
     (experiment,) = (e for e in client.search_experiments() if e.name == "tiny")
     assert len(client.search_runs([experiment.experiment_id])) == 2
     files = [
