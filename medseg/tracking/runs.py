@@ -6,6 +6,7 @@ import csv
 import ipaddress
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -129,13 +130,17 @@ def serve_ui(uri: str | None = None, host: str = "127.0.0.1", port: int = 5000, 
     command += ["--workers", "1", *(["--app-name", "basic-auth"] if auth else [])]
     if database is not None:
         command += ["--artifacts-destination", str(database.parent / "mlartifacts")]
-    with subprocess.Popen(command, env={**ENVIRONMENT, **os.environ}) as server:
-        try:
-            return server.wait()
-        except KeyboardInterrupt:  # Ctrl-C reaches the server too, which ends by itself
-            server.terminate()
-            server.wait()
-            return 0
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must not outlive this process
+    try:
+        with subprocess.Popen(command, env={**ENVIRONMENT, **os.environ}) as server:
+            try:
+                return server.wait()
+            except KeyboardInterrupt:  # Ctrl-C reaches the server too, which ends by itself
+                server.terminate()
+                server.wait()
+                return 0
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _connect(uri: str | None) -> MlflowClient:
