@@ -28,6 +28,9 @@ AFFINE_TOLERANCE = 1e-3
 SHEAR_TOLERANCE = 1e-3
 """Largest cosine between two voxel axes that still counts as a right angle."""
 
+FACE_TOLERANCE_MM = 1e-3
+"""Largest distance between two grids' outer corners that still counts as the same field of view."""
+
 _CODES = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
@@ -77,8 +80,19 @@ class Geometry:
         return cls(tuple(shape), affine)
 
     def lps(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-        """Origin, spacing and direction (row-major) as ITK wants them."""
+        """Origin, spacing and direction (row-major) as ITK wants them.
+
+        Raises:
+            GeometryError: If a 2D grid lies where ITK's two coordinates cannot say it does.
+        """
         n = self.spatial_dims
+        out_of_plane = self.affine[2, [0, 1, 3]]
+        if n == 2 and np.abs(out_of_plane).max() > AFFINE_TOLERANCE:
+            raise GeometryError(
+                "E-PLANE",
+                f"a picture whose axes and origin lie {', '.join(f'{mm:g}' for mm in out_of_plane)} mm out of the plane "
+                "z = 0, where two coordinates cannot say so; write .nii.gz, or a volume of one slice",
+            )
         lps = RAS_FROM_LPS @ self.affine[:3]
         spacing = np.asarray(self.spacing_mm)
         return tuple(lps[:n, 3]), tuple(spacing), tuple((lps[:n, :n] / spacing).ravel())
@@ -106,12 +120,19 @@ class Geometry:
     @property
     def is_orthogonal(self) -> bool:
         """Whether the voxel axes stand at right angles (a gantry tilt does not)."""
-        unit = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
-        return bool(np.abs(unit.T @ unit - np.eye(3)).max() < SHEAR_TOLERANCE)
+        unit = self._axes / self.spacing_mm
+        return bool(np.abs(unit.T @ unit - np.eye(self.spatial_dims)).max() < SHEAR_TOLERANCE)
 
     def matches(self, other: Geometry, tolerance: float = AFFINE_TOLERANCE) -> bool:
         """Whether both are the same grid."""
         return self.shape == other.shape and bool(np.abs(self.affine - other.affine).max() <= tolerance)
+
+    def shares_field_of_view(self, other: Geometry) -> bool:
+        """Whether both grids have parallel axes and the same outer faces, whatever their voxels."""
+        if self.spatial_dims != other.spatial_dims:
+            return False
+        distance = np.linalg.norm(self._corners_mm() - other._corners_mm(), axis=1)
+        return bool(distance.max() <= FACE_TOLERANCE_MM)
 
     def axes_to(self, orientation: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         """How to transpose and then flip an array of this grid to bring it to an orientation.
@@ -157,20 +178,28 @@ class Geometry:
 
     def straightened(self) -> Geometry:
         """The smallest orthogonal grid of the same spacing that covers this one (for sheared scans)."""
-        unit = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
-        u, _, vt = np.linalg.svd(unit)
-        axes = (u @ vt) * np.linalg.norm(self.affine[:3, :3], axis=0)  # the closest orthogonal axes
-        corners = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in self.shape], indexing="ij"), -1).reshape(-1, 3)
-        world = corners @ self.affine[:3, :3].T
-        index = world @ np.linalg.inv(axes).T
+        spacing = np.asarray(self.spacing_mm)
+        u, _, vt = np.linalg.svd(self._axes / spacing, full_matrices=False)
+        unit = u @ vt  # the closest orthogonal axes; of a picture, in its own plane
+        index = (self._corners_mm() - self.affine[:3, 3]) @ unit / spacing
         low, high = index.min(0), index.max(0)
-        affine = np.eye(4)
-        affine[:3, :3] = axes
-        affine[:3, 3] = self.affine[:3, 3] + axes @ (low + 0.5)
+        affine = self.affine.copy()
+        affine[:3, : self.spatial_dims] = unit * spacing
+        affine[:3, 3] += unit * spacing @ (low + 0.5)
         return Geometry(tuple(math.ceil(n - 1e-6) for n in high - low), affine)
 
     def to_dict(self) -> dict[str, list[float] | list[list[float]]]:
         return {"shape": list(self.shape), "affine": self.affine.tolist()}
+
+    @property
+    def _axes(self) -> Array:
+        """Millimetres from voxel to voxel along each axis, (3, D)."""
+        return self.affine[:3, : self.spatial_dims]
+
+    def _corners_mm(self) -> Array:
+        """The outer corners of the outer voxels, (2 ** D, 3)."""
+        corners = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in self.shape], indexing="ij"), -1)
+        return corners.reshape(-1, self.spatial_dims) @ self._axes.T + self.affine[:3, 3]
 
     def _anatomical_axes(self) -> tuple[list[int], list[int]]:
         """For each voxel axis the anatomical axis closest to it, none twice, and its sign."""

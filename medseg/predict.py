@@ -46,7 +46,7 @@ def predict(
         model: A model folder, a run folder, or an MLflow run id.
         inputs: Files, folders (searched recursively) and manifests.
         output: Folder for the segmentations, made if need be; each is called after its case.
-        format: ``nii.gz``, ``nii``, ``nrrd`` or ``mha``.
+        format: ``nii.gz``, ``nii``, ``nrrd`` or ``mha``; for pictures ``png`` too.
         split: Part of a manifest: ``training``, ``test`` or ``fold_N``; None: its test cases, or all
             where it has none.
         overlap: Share of a window that the next one covers again, instead of the model's.
@@ -67,7 +67,7 @@ def predict(
         MedsegError: If work cannot begin.
     """
     started = time.monotonic()
-    _check_arguments(format, overlap, resume=resume, force=force)
+    _check_arguments(format, overlap, resume=resume, force=force, probabilities=probabilities)
     cases = find_cases(inputs, split=split)
     check_unique(cases)
     suffix = f".{format}"
@@ -79,6 +79,8 @@ def predict(
         _check_nothing_there(files)
     todo = [case for case in cases if force or case.id not in complete]
     segmenter = predictor(model, device=device, overlap=overlap, tta=tta, tracking_uri=tracking_uri)
+    if format == "png" and segmenter.spec.spatial_dims == 3:
+        raise WorkflowError("E-ARGUMENT", "a PNG holds no volume, which this model predicts", where="--format")
     result: Result = {"done": [], "failed": [], "skipped": [case.id for case in cases if case not in todo]}
     if dry_run:
         result["planned"] = [_entry(case) | {"output": str(files[case.id][0])} for case in todo]
@@ -139,10 +141,12 @@ def _described(error: Exception, case: Case) -> dict[str, str]:
     return {"error_id": "E-INTERNAL", "message": f"{type(error).__name__}: {error}"}
 
 
-def _check_arguments(format: str, overlap: float | None, *, resume: bool, force: bool) -> None:
+def _check_arguments(format: str, overlap: float | None, *, resume: bool, force: bool, probabilities: bool) -> None:
     if f".{format}" not in WRITABLE_SUFFIXES:
         known = ", ".join(suffix.removeprefix(".") for suffix in WRITABLE_SUFFIXES)
         raise WorkflowError("E-SUFFIX", f"{format!r} is not written; known: {known}", where="--format")
+    if format == "png" and probabilities:
+        raise WorkflowError("E-ARGUMENT", "a PNG holds no probabilities; use nii.gz", where="--format")
     if overlap is not None and not 0 <= overlap < 1:
         raise WorkflowError("E-ARGUMENT", f"{overlap} must be at least 0 and less than 1", where="--overlap")
     if resume and force:

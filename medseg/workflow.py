@@ -45,7 +45,9 @@ class Part(Section):
 
 class IntensityChoice(Section):
     clip: tuple[float, float] | None = Field(None, description="lowest and highest value kept, e.g. HU")
-    normalize: Literal["zscore", "foreground", "minmax", "none"] = "zscore"
+    normalize: Literal["zscore", "foreground", "minmax", "imagenet", "none"] = Field(
+        "zscore", description="imagenet: 8-bit RGB, by ImageNet's mean and deviation of each color"
+    )
 
     @model_validator(mode="after")
     def _low_before_high(self) -> IntensityChoice:

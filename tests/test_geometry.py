@@ -94,3 +94,41 @@ def test_a_picture_has_two_axes_and_no_patient_orientation_to_turn():
     picture = Geometry.from_spacing((5, 6), (0.5, 0.5))
     assert picture.spacing_mm == (0.5, 0.5)
     assert Volume(np.zeros((3, 5, 6)), picture).oriented("RAS").array.shape == (3, 5, 6)
+
+
+def test_a_picture_that_is_sheared_in_its_plane_is_covered_by_its_straightened_grid():
+    affine = np.diag([1.0, 2.0, 1.0, 1.0])
+    affine[0, 1] = 1.0
+    sheared = Geometry((10, 12), affine)
+    straight = sheared.straightened()
+    assert not sheared.is_orthogonal
+    assert straight.is_orthogonal
+    assert straight.spatial_dims == 2
+    corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in sheared.shape])).reshape(2, -1)
+    world = affine[:2, :2] @ corners
+    inside = np.linalg.solve(straight.affine[:2, :2], world - straight.affine[:2, 3:])
+    assert (inside >= -0.5 - 1e-6).all()
+    assert (inside <= np.array(straight.shape)[:, None] - 0.5 + 1e-6).all()
+
+
+def test_the_thickness_axis_of_a_slice_of_a_tilted_scan_does_not_make_it_sheared():
+    affine = np.eye(4)
+    affine[:3, 2] = (0, 0.4, 2)
+    assert Geometry((5, 6), affine).is_orthogonal
+    assert not Geometry((5, 6, 7), affine).is_orthogonal
+
+
+@pytest.mark.parametrize("row", [(0, 0.5, 0), (0, 0, 30)], ids=["tilted", "not at z = 0"])
+def test_a_picture_that_two_coordinates_cannot_place_is_refused_rather_than_moved(row):
+    affine = np.eye(4)
+    affine[2, [0, 1, 3]] = row
+    with pytest.raises(GeometryError, match=r"E-PLANE .*write \.nii\.gz"):
+        Geometry((5, 6), affine).lps()
+
+
+def test_grids_of_one_field_of_view_differ_in_their_voxels_alone():
+    grid = oblique()
+    assert grid.shares_field_of_view(grid.resampled((2, 2, 2)))
+    assert not grid.shares_field_of_view(Geometry((*grid.shape[:2], grid.shape[2] - 1), grid.affine))
+    assert not grid.shares_field_of_view(grid.oriented("RAS"))  # the same box, its axes turned
+    assert not grid.shares_field_of_view(Geometry(grid.shape[:2], grid.affine))

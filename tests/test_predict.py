@@ -208,7 +208,7 @@ def test_a_dry_run_writes_nothing(model, scans, tmp_path):
         ({"overlap": 1.0}, "E-ARGUMENT"),
         ({"overlap": -0.1}, "E-ARGUMENT"),
         ({"resume": True, "force": True}, "E-ARGUMENT"),
-        ({"format": "png"}, "E-SUFFIX"),
+        ({"format": "gif"}, "E-SUFFIX"),
         ({"split": "test"}, "E-SPLIT"),
     ],
 )

@@ -22,6 +22,9 @@ from medseg.labels import Labels
 from medseg.model import Intensity, Preprocessing
 from medseg.workflow import IntensityChoice, Workflow
 
+IMAGENET_RGB = tuple((255 * mean, 255 * std) for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225)))
+"""Mean and standard deviation of 8-bit red, green and blue that networks trained on ImageNet expect."""
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -72,6 +75,7 @@ def training_data(workflow: Workflow, source: Manifest, fold: int) -> TrainingDa
                 f"the manifest declares {', '.join(map(repr, absent))}, which no training case of fold {fold} contains; "
                 "remove it from labels or correct the label files",
             )
+    _check_dims(workflow, cached)
     hashes = {file: cache.hash_of(file) for case in source.training for file in case.files}
     return TrainingData(source, fold, resolved, cached[: len(training)], cached[len(training) :], held_out, hashes)
 
@@ -106,11 +110,23 @@ def preprocessing(workflow: Workflow, source: Manifest, training: Sequence[Case]
         )
     else:
         statistics = ((0.0, 1.0),) * len(intensity)
-    numbers = tuple(
-        Intensity(c.clip, c.normalize, *(known if c.normalize == "foreground" else (None, None)))
-        for c, known in zip(intensity, statistics, strict=True)
-    )
+    with workflow.blamed("data", "intensity"):
+        numbers = tuple(
+            _numbers(c, n, known, len(intensity))
+            for n, (c, known) in enumerate(zip(intensity, statistics, strict=True))
+        )
     return replace(plain, spacing_mm=spacing_mm, intensity=numbers)
+
+
+def _numbers(chosen: IntensityChoice, channel: int, foreground: tuple[float, float], num_channels: int) -> Intensity:
+    """What a channel's choice means in numbers."""
+    if chosen.normalize == "imagenet":
+        if num_channels != len(IMAGENET_RGB):
+            raise WorkflowError("E-CHANNELS", f"imagenet is for red, green and blue, not for {num_channels} channels")
+        return Intensity(chosen.clip, "foreground", *IMAGENET_RGB[channel])  # as numbers, both are the same
+    if chosen.normalize == "foreground":
+        return Intensity(chosen.clip, "foreground", *foreground)
+    return Intensity(chosen.clip, chosen.normalize)
 
 
 def _per_channel(workflow: Workflow, source: Manifest) -> tuple[IntensityChoice, ...]:
@@ -135,6 +151,30 @@ def _spacing(workflow: Workflow, plain: Preprocessing, training: Sequence[Case])
     geometries = [read_geometry(case.images[0], assume_spacing_mm=plain.assume_spacing_mm) for case in training]
     spacings = [plain.geometry(geometry).spacing_mm for geometry in geometries]
     return tuple(float(s) for s in np.median(spacings, axis=0))
+
+
+def _check_dims(workflow: Workflow, cases: Sequence[CachedCase]) -> None:
+    """Refuse pictures among volumes, and pictures for what reads volumes."""
+    pictures = [case for case in cases if case.geometry.spatial_dims == 2]
+    if not pictures:
+        return
+    if len(pictures) < len(cases):
+        raise DataError(
+            "E-SPATIAL-DIMS",
+            f"{len(pictures)} of {len(cases)} cases are pictures, e.g. {pictures[0].id}, the others volumes; "
+            "make a manifest of each kind",
+            where=workflow.where("data", "manifest"),
+        )
+    for wrong, field in (
+        (len(workflow.train.patch_size) != 2, ("train", "patch_size")),
+        (workflow.data.context_slices > 0, ("data", "context_slices")),
+    ):
+        if wrong:
+            raise WorkflowError(
+                "E-SPATIAL-DIMS",
+                "the cases are pictures: patch_size needs two entries and context_slices must be 0",
+                where=workflow.where(*field),
+            )
 
 
 def _cache_folder(workflow: Workflow) -> Path:

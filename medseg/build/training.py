@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medseg.build.data import TrainingData
 from medseg.build.model import Hardware, find_model, network, specification
 from medseg.data.augment import Augmentation, augmentation
-from medseg.data.dataset import CachedCase, PatchDataset, StepSampler, patch_loader
+from medseg.data.dataset import CachedCase, Patch, PatchDataset, StepSampler, patch_loader
 from medseg.data.manifest import Manifest, expand_variables
 from medseg.errors import WorkflowError
 from medseg.geometry import Volume
@@ -180,7 +180,10 @@ def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, hardware:
         )
 
     def draw(case: CachedCase, predicted: npt.NDArray[Any], title: str) -> npt.NDArray[np.uint8]:
-        image = np.asarray(case.image[0], dtype=np.float32)
+        # Of a colored picture its brightness: one of its colors may show nothing.
+        is_picture = case.geometry.spatial_dims == 2
+        shown = case.image.mean(axis=0, dtype=np.float32) if is_picture else case.image[0]
+        image = np.asarray(shown, dtype=np.float32)
         seen = [Volume(a[None], case.geometry).oriented("RAS") for a in (image, case.label[0], predicted)]
         image, reference, prediction = (volume.array[0] for volume in seen)
         spacing_mm = seen[0].geometry.spacing_mm
@@ -232,9 +235,10 @@ def _start_from(workflow: Workflow, net: nn.Module) -> None:
 
 def _batches(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fabric) -> Callable[[int], Iterable[Any]]:
     options = workflow.train
+    grid = data.training[0].geometry
     dataset = PatchDataset(
         data.training,
-        _augmentation(workflow, data.labels, spec, spacing_mm=data.training[0].geometry.spacing_mm),
+        _augmentation(workflow, data.labels, spec, spacing_mm=grid.spacing_mm),
         foreground_ratio=options.foreground_ratio,
         seed=options.seed,
     )
@@ -246,7 +250,13 @@ def _batches(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fa
             first, last, batch_size=options.batch_size, rank=fabric.global_rank, world_size=fabric.world_size
         )
         pin_memory = fabric.device.type == "cuda"
-        return patch_loader(dataset, sampler, workers=workers, pin_memory=pin_memory, worker_init=leave_to_parent)
+        loader = patch_loader(dataset, sampler, workers=workers, pin_memory=pin_memory, worker_init=leave_to_parent)
+        return loader if grid.spatial_dims == 3 else map(_as_slices, loader)
+
+    def _as_slices(batch: Patch) -> Patch:
+        """Pictures (B, C, I, J) as what a network on slices takes, e.g. (B, C, I, J, 1)."""
+        axis = 2 + workflow.data.slice_axis
+        return {**batch, "image": batch["image"].unsqueeze(axis), "label": batch["label"].unsqueeze(axis)}
 
     return batches
 
@@ -265,10 +275,17 @@ def _augmentation(
     if not isinstance(recipe, str):
         recipe = [{"name": part.name, "args": part.args} for part in recipe]
     patch = list(spec.window.patch_size)
-    if spec.spatial_dims == 2:
+    is_picture = spacing_mm is not None and len(spacing_mm) == 2
+    if spec.spatial_dims == 2 and not is_picture:
         patch.insert(spec.window.slice_axis, 1 + 2 * spec.window.context_slices)
     with workflow.blamed("augment"):
-        return augmentation(recipe, patch_size=tuple(patch), labels=labels, spacing_mm=spacing_mm)
+        return augmentation(
+            recipe,
+            patch_size=tuple(patch),
+            labels=labels,
+            spacing_mm=spacing_mm,
+            num_channels=len(spec.channels),
+        )
 
 
 def _num_workers(workflow: Workflow) -> int:

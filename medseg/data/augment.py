@@ -1,7 +1,7 @@
 """Recipes of random transforms for training, each sample's draw decided by its seed alone.
 
-The parts are MONAI dictionary transforms (`spatial_augment`, `intensity_augment`) and compose with
-any other of MONAI's.
+The parts are MONAI dictionary transforms and compose with any other of MONAI's: `spatial_augment`,
+`deform_augment`, `turn_augment`, `intensity_augment` and `color_augment`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,23 @@ from typing import Any
 import numpy as np
 from monai.transforms import Randomizable
 
+from medseg.data.color_augment import (
+    RandClahed,
+    RandEmbossd,
+    RandGrayd,
+    RandHued,
+    RandInvertd,
+    RandSaturationd,
+    RandSharpend,
+)
+from medseg.data.deform_augment import (
+    RandElasticd,
+    RandGridDistortiond,
+    RandOpticalDistortiond,
+    RandPiecewiseAffined,
+    RandShiftScaleRotated,
+    merged,
+)
 from medseg.data.intensity_augment import (
     RandBlurd,
     RandBrightnessd,
@@ -22,6 +39,7 @@ from medseg.data.intensity_augment import (
     RandNoised,
 )
 from medseg.data.spatial_augment import RandFlipLabelsd, RandSpatiald
+from medseg.data.turn_augment import RandQuarterTurnd, RandTransposed
 from medseg.errors import WorkflowError
 from medseg.labels import Labels
 from medseg.registry import Registry, check_arguments
@@ -39,6 +57,20 @@ AUGMENTATIONS: Registry[type[Randomizable]] = Registry(
         "low_resolution": RandLowResolutiond,
         "gamma": RandGammad,
         "flip": RandFlipLabelsd,
+        "transpose": RandTransposed,
+        "quarter_turn": RandQuarterTurnd,
+        "shift_scale_rotate": RandShiftScaleRotated,
+        "elastic": RandElasticd,
+        "grid_distortion": RandGridDistortiond,
+        "optical_distortion": RandOpticalDistortiond,
+        "piecewise_affine": RandPiecewiseAffined,
+        "clahe": RandClahed,
+        "sharpen": RandSharpend,
+        "emboss": RandEmbossd,
+        "invert": RandInvertd,
+        "hue": RandHued,
+        "saturation": RandSaturationd,
+        "gray": RandGrayd,
     },
 )
 
@@ -73,7 +105,9 @@ RECIPES: Registry[Steps] = Registry(
     },
 )
 
-SET_BY_MEDSEG = frozenset({"keys", "label_keys", "patch_size", "spacing_mm", "pairs", "left_right_axis"})
+SET_BY_MEDSEG = frozenset(
+    {"keys", "label_keys", "patch_size", "spacing_mm", "pairs", "left_right_axis", "num_channels"}
+)
 """Arguments that follow from the data and the workflow, not from a recipe."""
 
 
@@ -118,9 +152,14 @@ class Augmentation:
 
 
 def augmentation(
-    recipe: str | Steps, *, patch_size: Sequence[int], labels: Labels, spacing_mm: Sequence[float] | None = None
+    recipe: str | Steps,
+    *,
+    patch_size: Sequence[int],
+    labels: Labels,
+    spacing_mm: Sequence[float] | None = None,
+    num_channels: int = 1,
 ) -> Augmentation:
-    """Build a recipe.
+    """Build a recipe; deformations that stand next to each other become one, with one resampling.
 
     Args:
         recipe: Name in RECIPES, or a list of ``{"name": name in AUGMENTATIONS, "args": its arguments}``;
@@ -128,6 +167,7 @@ def augmentation(
         patch_size: Voxels of a sample along each spatial axis, in RAS order.
         labels: Whose pairs a left-right flip exchanges.
         spacing_mm: Voxel size along each axis; None: isotropic.
+        num_channels: Of the image.
 
     Raises:
         WorkflowError: If a name or argument is unknown or out of range, or ``spatial`` comes late or twice.
@@ -140,11 +180,12 @@ def augmentation(
         "patch_size": tuple(patch_size),
         "spacing_mm": tuple(spacing_mm or [1.0] * len(patch_size))[: len(patch_size)],
         "pairs": labels.pairs,
+        "num_channels": num_channels,
     }
     parts = [_build(step["name"], step.get("args") or {}, settings) for step in steps]
     if names[:1] != ["spatial"]:
         parts.insert(0, RandSpatiald(patch_size=patch_size, rotate_prob=0.0, scale_prob=0.0))
-    return Augmentation(parts[0], parts[1:])
+    return Augmentation(parts[0], merged(parts[1:]))
 
 
 def _build(name: str, args: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:

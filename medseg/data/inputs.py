@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from medseg.data import phantom
 from medseg.data.manifest import Case, Manifest, case_id
-from medseg.data.nifti import READABLE_SUFFIXES
+from medseg.data.nifti import PICTURE_SUFFIXES, READABLE_SUFFIXES
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.registry import did_you_mean
 
@@ -90,8 +91,18 @@ def check_unique(cases: Sequence[Case]) -> None:
 
 
 def _folder_cases(folder: Path) -> list[Case]:
-    """Every scan below a folder: called after its file, or after its path where files share a name."""
+    """Every scan below a folder: called after its file, or after its path where files share a name.
+
+    Pictures count where there is nothing else: beside volumes they are previews and screenshots.
+    """
     files = sorted(_scans(folder))
+    volumes = [path for path in files if not path.name.lower().endswith(PICTURE_SUFFIXES)]
+    if volumes and len(volumes) < len(files):
+        logging.getLogger("medseg").warning(
+            "W-PICTURES %s: %d pictures beside %d volumes are passed over; name them to use them",
+            folder, len(files) - len(volumes), len(volumes),
+        )  # fmt: skip
+    files = volumes or files
     if not files:
         raise DataError("E-NO-INPUT", f"holds no {', '.join(READABLE_SUFFIXES)} file", where=str(folder))
     cases = [_file_case(path, case_id(path)) for path in files]

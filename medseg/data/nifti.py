@@ -1,7 +1,7 @@
-"""NIfTI, NRRD and MetaImage files ↔ Volume.
+"""Files ↔ Volume: NIfTI here, others by the module for their kind.
 
-NRRD and MetaImage are read by `itk`. Beyond what `preflight`, `headers` and `itk` find, refused
-(`DataError`, `GeometryError`) or mended (a warning on the logger ``medseg``):
+NRRD and MetaImage are read by `itk`, PNG, JPEG and TIFF by `picture`. Beyond what these, `preflight` and
+`headers` find, refused (`DataError`, `GeometryError`) or mended (a warning on the logger ``medseg``):
 
 ===================== ==================================================================
 E-SUFFIX              a kind of file that is not read, or not written
@@ -39,8 +39,10 @@ from medseg.labels import Labels
 Voxels = npt.NDArray[Any]
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-READABLE_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha", ".mhd")
-WRITABLE_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha", ".mhd")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+READABLE_SUFFIXES = (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)
+WRITABLE_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha", ".png")
 
 MAX_BAD_SHARE = 1e-3
 """Share of NaN or infinite voxels that is mended; more means that the scan itself is broken."""
@@ -64,8 +66,8 @@ def read_volume(
         assume_spacing_mm: Voxel size for a file that states none.
 
     Returns:
-        The voxels (C, I, J, K) in the file's own axis order, with slope and intercept applied; of the
-        file's own type where there is none.
+        The voxels (C, I, J, K), or (C, I, J) of a picture, in the file's own axis order, with slope and
+        intercept applied; of the file's own type where there is none.
 
     Raises:
         DataError: If the file cannot be trusted; see the tables of `preflight`, `headers` and this module.
@@ -87,12 +89,13 @@ def read_label(path: Path, *, assume_spacing_mm: Sequence[float] | None = None) 
         assume_spacing_mm: Voxel size for a file that states none.
 
     Returns:
-        Label values (1, I, J, K) in the smallest of uint8, int16 and int32 that holds them.
+        Label values (1, I, J, K), or (1, I, J) of a picture, in the smallest of uint8, int16 and int32
+        that holds them.
 
     Raises:
         DataError: If the file cannot be trusted, has several channels, or holds values that are no integers.
     """
-    volume = _read(path, assume_spacing_mm)
+    volume = _read(path, assume_spacing_mm, is_label=True)
     if len(volume.array) != 1:
         raise DataError(
             "E-LABEL-CHANNELS",
@@ -108,8 +111,13 @@ def read_geometry(path: Path, *, assume_spacing_mm: Sequence[float] | None = Non
     Raises:
         DataError: As `read_volume`, for what a header can tell.
     """
-    if _suffix(path) in NIFTI_SUFFIXES:
+    suffix = _suffix(path)
+    if suffix in NIFTI_SUFFIXES:
         return read_nifti_header(path, assume_spacing_mm=assume_spacing_mm).geometry
+    if suffix in PICTURE_SUFFIXES:
+        from medseg.data.picture import read_picture_geometry
+
+        return read_picture_geometry(path, spacing_mm=assume_spacing_mm)
     from medseg.data.itk import read_itk_geometry
 
     return read_itk_geometry(path)
@@ -120,14 +128,14 @@ def write_volume(path: Path, volume: Volume) -> None:
 
     One channel becomes a 3D (or 2D) file, several a 4D NIfTI or a vector NRRD or MetaImage. Booleans
     become uint8 and float16 becomes float32, for these formats know neither. NIfTI keeps the affine
-    in float32, about 7 digits.
+    in float32, about 7 digits; PNG, which takes pictures alone, keeps none.
 
     Args:
         path: Name with one of `WRITABLE_SUFFIXES`, in a folder that exists.
         volume: Voxels (C, I, J, K) of any other numeric type.
 
     Raises:
-        DataError: If the suffix is none of these.
+        DataError: If the suffix is none of these, or a PNG cannot hold the volume.
     """
     stored = {np.dtype(np.bool_): np.uint8, np.dtype(np.float16): np.float32}.get(volume.array.dtype)
     if stored:
@@ -137,6 +145,10 @@ def write_volume(path: Path, volume: Volume) -> None:
         write_atomically(path, b"".join(_compressed(_nifti_bytes(volume))))
     elif suffix == ".nii":
         write_atomically(path, b"".join(_nifti_bytes(volume)))
+    elif suffix in PICTURE_SUFFIXES:
+        from medseg.data.picture import write_picture
+
+        write_picture(path, volume)
     else:
         from medseg.data.itk import write_itk
 
@@ -216,10 +228,15 @@ def check_label_values(label: Voxels, labels: Labels, where: str | None = None) 
         )
 
 
-def _read(path: Path, assume_spacing_mm: Sequence[float] | None) -> Volume:
-    if _suffix(path) in NIFTI_SUFFIXES:
+def _read(path: Path, assume_spacing_mm: Sequence[float] | None, *, is_label: bool = False) -> Volume:
+    suffix = _suffix(path)
+    if suffix in NIFTI_SUFFIXES:
         header, content = read_nifti(path, assume_spacing_mm=assume_spacing_mm)
         return Volume(_nifti_voxels(header, content), header.geometry)
+    if suffix in PICTURE_SUFFIXES:
+        from medseg.data.picture import read_mask, read_picture
+
+        return (read_mask if is_label else read_picture)(path, spacing_mm=assume_spacing_mm)
     from medseg.data.itk import read_itk  # SimpleITK takes a while to import, and few files need it
 
     return read_itk(path)

@@ -1,15 +1,15 @@
 """Volumes on another grid: images linearly, label maps by the vote of the voxels around.
 
 Preprocessing keeps the field of view, so the grids are parallel, and linear interpolation falls apart
-into one axis after the other: plane by plane it takes a fifth of the time of ITK's resampling. Sheared
-grids go through SimpleITK.
+into one axis after the other: plane by plane it takes a fifth of the time of ITK's resampling. Other grids
+go through SimpleITK.
 
 Linear interpolation does not smooth before it thins out, like the common pipelines (MONAI, nnU-Net).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medseg.geometry import AFFINE_TOLERANCE, Geometry
+from medseg.geometry import Geometry
 
 
 def resample_image(image: Tensor, source: Geometry, target: Geometry) -> Tensor:
@@ -33,18 +33,20 @@ def resample_image(image: Tensor, source: Geometry, target: Geometry) -> Tensor:
     """
     if target.matches(source):
         return image.float()
-    if not _same_field_of_view(source, target):
+    if not source.shares_field_of_view(target):
         return _resample_by_itk(image.float(), source, target, is_label=False)
     if source.spatial_dims == 2:
         return _in_plane(image.float(), target.shape)
-    axis = _slowest_axis(image)
-    planes, size = image.movedim(axis, 0), [n for a, n in enumerate(target.shape, 1) if a != axis]
-    depth = _Steps.between(len(planes), target.shape[axis - 1])
-    result = image.new_empty((target.shape[axis - 1], len(image), *size), dtype=torch.float32)
-    for index, (low, high, weight) in enumerate(zip(depth.low, depth.high, depth.weights[1], strict=True)):
-        plane = torch.lerp(planes[low].float(), planes[high].float(), weight)  # (C, H, W)
-        result[index] = _in_plane(plane, size)
-    return result.movedim(0, axis)
+    order = _memory_order(image)
+    planes, size = image.permute(order[0], 0, *order[1:]), [target.shape[axis - 1] for axis in order]
+    depth = _Steps.between(len(planes), size[0])
+    result = image.new_empty((size[0], len(image), *size[1:]), dtype=torch.float32)
+    for index, (low, high, weight) in enumerate(depth.to_lists()):
+        plane = planes[low].float()  # (C, H, W); floats of one plane at a time stay in the processor's cache
+        if high != low:
+            plane = torch.lerp(plane, planes[high].float(), weight)
+        result[index] = _in_plane(plane, size[1:])
+    return result.permute(np.argsort([order[0], 0, *order[1:]]).tolist())
 
 
 def resample_label(label: Tensor, source: Geometry, target: Geometry) -> Tensor:
@@ -64,7 +66,7 @@ def resample_label(label: Tensor, source: Geometry, target: Geometry) -> Tensor:
     """
     if target.matches(source):
         return label
-    if not _same_field_of_view(source, target):
+    if not source.shares_field_of_view(target):
         return _resample_by_itk(label, source, target, is_label=True)
     if source.spatial_dims == 2:
         return _vote(label.unsqueeze(-1), (*target.shape, 1)).squeeze(-1)
@@ -77,7 +79,7 @@ class _Steps:
 
     Args:
         low: Index of the first, (N,).
-        high: Index of the second, (N,).
+        high: Index of the second, (N,); the first again where that alone counts.
         weights: (2, N), adding up to 1.
     """
 
@@ -91,17 +93,16 @@ class _Steps:
         center = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
         low = center.floor().long()
         second = (center - low).float()
-        return cls(low, (low + 1).clamp(max=old - 1), torch.stack([1 - second, second]))
+        return cls(low, torch.where(second > 0, low + 1, low), torch.stack([1 - second, second]))
+
+    def to_lists(self) -> Iterator[tuple[int, int, float]]:
+        """First, second and the second's weight, one after the other."""
+        return zip(self.low.tolist(), self.high.tolist(), self.weights[1].tolist(), strict=True)
 
 
-def _same_field_of_view(source: Geometry, target: Geometry) -> bool:
-    """Whether the grids are parallel and their outer faces coincide, as `Geometry.resampled` makes them."""
-    return np.allclose(source.resampled(target.spacing_mm).affine, target.affine, rtol=0, atol=AFFINE_TOLERANCE)
-
-
-def _slowest_axis(volume: Tensor) -> int:
-    """The spatial axis whose planes lie in one piece in memory."""
-    return max(range(1, volume.ndim), key=volume.stride)
+def _memory_order(volume: Tensor) -> list[int]:
+    """The spatial axes, from the one whose planes lie in one piece in memory to the one whose voxels do."""
+    return sorted(range(1, volume.ndim), key=volume.stride, reverse=True)
 
 
 def _in_plane(planes: Tensor, size: Sequence[int]) -> Tensor:
@@ -111,31 +112,50 @@ def _in_plane(planes: Tensor, size: Sequence[int]) -> Tensor:
 
 def _vote(label: Tensor, shape: Sequence[int]) -> Tensor:
     """`resample_label` between parallel grids, (1, I, J, K), plane by plane."""
-    axis = _slowest_axis(label)
-    planes = label.movedim(axis, 0)[:, 0]
-    num_planes, num_rows, num_columns = shape[axis - 1], *[n for a, n in enumerate(shape, 1) if a != axis]
-    depth = _Steps.between(planes.shape[0], num_planes)
-    rows = _Steps.between(planes.shape[1], num_rows)
-    columns = _Steps.between(planes.shape[2], num_columns)
-    result = label.new_empty((num_planes, num_rows, num_columns))
-    for index in range(num_planes):
-        around = torch.stack(  # (8, rows, columns): the voxels around each new one
+    order = _memory_order(label)
+    planes = label[0].permute([axis - 1 for axis in order])
+    steps = [_Steps.between(label.shape[axis], shape[axis - 1]) for axis in order]
+    depth, rows, columns = steps
+    result = label.new_empty([shape[axis - 1] for axis in order])
+    for index, (low, high, _) in enumerate(depth.to_lists()):
+        result[index], agreed = _unanimous(planes[low], planes[high], rows, columns)
+        row, column = agreed.logical_not_().nonzero(as_tuple=True)
+        voters = torch.stack(  # (8, N), the voxels around each one that needs a vote
             [
-                planes[at_depth[index]].index_select(0, at_row).index_select(1, at_column)
-                for at_depth in (depth.low, depth.high)
+                plane[at_row[row], at_column[column]]
+                for plane in (planes[low], planes[high])
                 for at_row in (rows.low, rows.high)
                 for at_column in (columns.low, columns.high)
             ]
         )
-        result[index] = around[0]
-        row, column = (around[1:] != around[:1]).any(0).nonzero(as_tuple=True)  # elsewhere all eight agree
-        voters = around[:, row, column]  # (8, N)
-        weights = (  # (2, 2, 2, N), in the order of the corners
-            depth.weights[:, index, None, None, None] * rows.weights[:, row][:, None] * columns.weights[:, column]
-        )
-        votes = (weights.reshape(1, 8, -1) * (voters[:, None] == voters[None])).sum(1)  # (8, N)
-        result[index, row, column] = voters.gather(0, votes.argmax(0, keepdim=True))[0]
-    return result[None].movedim(1, axis)
+        shares = depth.weights[:, index, None].expand(-1, len(row)), rows.weights[:, row], columns.weights[:, column]
+        result[index, row, column] = _elected(voters, shares, order)
+    return result.permute(np.argsort(order).tolist())[None]
+
+
+def _unanimous(low: Tensor, high: Tensor, rows: _Steps, columns: _Steps) -> tuple[Tensor, Tensor]:
+    """The first of the eight voxels around each new one of a plane, and whether the others are equal to it."""
+    agreed = low == high
+    first, second = low.index_select(0, rows.low), low.index_select(0, rows.high)
+    agreed = agreed.index_select(0, rows.low) & agreed.index_select(0, rows.high) & (first == second)
+    agreed = agreed.index_select(1, columns.low) & agreed.index_select(1, columns.high)
+    first, second = first.index_select(1, columns.low), first.index_select(1, columns.high)
+    return first, agreed & (first == second)
+
+
+def _elected(voters: Tensor, shares: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """The label with the most weight.
+
+    Args:
+        voters: Labels around each voxel, (8, N), the axes in their order in memory.
+        shares: For each of these axes the weights of its two sides, (2, N).
+        order: Which axes of the volume they are; ties go to the lowest index there, however it lies in memory.
+    """
+    first, second, third = (shares[order.index(axis)] for axis in (1, 2, 3))
+    weights = (first[:, None, None] * second[:, None] * third).reshape(1, 8, -1)
+    voters = voters.reshape(2, 2, 2, -1).permute(*np.argsort(order).tolist(), 3).reshape(8, -1)
+    votes = (weights * (voters[:, None] == voters[None])).sum(1)  # (8, N)
+    return voters.gather(0, votes.argmax(0, keepdim=True))[0]
 
 
 def _resample_by_itk(volume: Tensor, source: Geometry, target: Geometry, *, is_label: bool) -> Tensor:

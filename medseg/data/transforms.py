@@ -81,8 +81,11 @@ class LoadVolumed(MapTransform):
             loaded[key] = meta_tensor(volumes[key], name=name_of(sources))
         if is_training:
             label = volumes.pop(self.label_key)
+            name = loaded[self.label_key].meta["filename_or_obj"]
             for image in volumes.values():
-                check_pair(image, label, loaded[self.label_key].meta["filename_or_obj"])
+                check_pair(image, label, name)
+                # Files round: what is the same grid by now must not be rounded or turned another way later
+                loaded[self.label_key] = meta_tensor(Volume(label.array, image.geometry), name=name)
         return loaded
 
 

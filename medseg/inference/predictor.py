@@ -1,4 +1,4 @@
-"""A trained model that segments scans: preprocessing, windows, restoring, post-processing."""
+"""A trained model that segments scans and pictures: preprocessing, windows, restoring, post-processing."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Segmentation:
     """What a model found in a scan.
 
     Args:
-        label: (1, I, J, K), uint8 or int16, on the scan's own grid.
-        probabilities: (R, I, J, K), float32, on the same grid, if they were asked for. They are the
+        label: (1, I, J[, K]), uint8 or int16, on the scan's own grid.
+        probabilities: (R, I, J[, K]), float32, on the same grid, if they were asked for. They are the
             network's: post-processing changes the label map alone.
     """
 
@@ -94,7 +94,8 @@ class Predictor:
             DataError: If the scan cannot be used, or is not like those that the model was trained on.
         """
         prepared = preprocess(images, None, self.spec.preprocessing)
-        if prepared.source.spatial_dims != 3:
+        takes_pictures = self.spec.spatial_dims == 2 and not self.spec.window.context_slices
+        if prepared.source.spatial_dims != 3 and not takes_pictures:
             raise DataError(
                 "E-SPATIAL-DIMS",
                 f"{prepared.source.spatial_dims}D image of shape {prepared.source.shape}; the model takes volumes: "

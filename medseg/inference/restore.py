@@ -13,9 +13,6 @@ from torch import Tensor
 from medseg.geometry import Array, Geometry, Volume
 from medseg.labels import Labels
 
-FACE_TOLERANCE = 1e-3
-"""Largest distance, in voxels, between two volumes' corners that still counts as the same field of view."""
-
 
 def restore(
     logits: Tensor,
@@ -26,13 +23,13 @@ def restore(
     orientation: str,
     with_probabilities: bool = False,
 ) -> tuple[Volume, Volume | None]:
-    """Bring a prediction back to the scan it was made for.
+    """Bring a prediction back to the scan or picture it was made for.
 
     Logits are interpolated linearly, the outermost ones reaching to the edge, and decided on the
     scan's voxels. Only one plane of the scan's size is held for all channels.
 
     Args:
-        logits: (R, I, J, K) on `grid`.
+        logits: (R, I, J[, K]) on `grid`.
         labels: What the channels are.
         grid: `Preprocessing.geometry` of `source`.
         source: The scan's grid; its axes need not be orthogonal.
@@ -40,9 +37,18 @@ def restore(
         with_probabilities: Whether to return probabilities too; they take R times the scan's memory.
 
     Returns:
-        The label map (1, I, J, K), uint8 or int16, and the probabilities (R, I, J, K), float32, or
+        The label map (1, I, J[, K]), uint8 or int16, and the probabilities (R, I, J[, K]), float32, or
         None; both with `source` as geometry.
     """
+    if source.spatial_dims == 2:
+        thick = _one_slice(source)
+        restored = restore(
+            logits.unsqueeze(-1), labels,
+            grid=_one_slice(grid), source=thick, orientation=thick.orientation, with_probabilities=with_probabilities,
+        )  # fmt: skip
+        label, probabilities = (v and Volume(v.array[..., 0], source) for v in restored)
+        assert label is not None
+        return label, probabilities
     label_planes, probability_planes = [], []
     for plane in resampled_planes(logits, grid, source.oriented(orientation)):  # (R, J, K)
         label_planes.append(labels.segment(plane[None])[0])
@@ -65,21 +71,12 @@ def resampled_planes(logits: Tensor, grid: Geometry, target: Geometry) -> Iterat
     Yields:
         (R, J, K) of the target's planes.
     """
-    to_grid = np.linalg.inv(grid.affine) @ target.affine  # target voxel to grid voxel
     if grid.matches(target):
         yield from logits.unbind(1)
-    elif _same_field_of_view(to_grid, grid, target):
+    elif grid.shares_field_of_view(target):
         yield from _stretched(logits, target)
     else:
-        yield from _sampled(logits, target, to_grid)
-
-
-def _same_field_of_view(to_grid: Array, grid: Geometry, target: Geometry) -> bool:
-    scale = np.asarray(grid.shape) / target.shape
-    expected = np.diag([*scale, 1.0])
-    expected[:3, 3] = (scale - 1) / 2  # outer faces, not voxel centres, lie on each other
-    corner = np.array([*target.shape, 1.0])
-    return bool((np.abs(to_grid - expected) @ corner).max() < FACE_TOLERANCE)
+        yield from _sampled(logits, target, np.linalg.inv(grid.affine) @ target.affine)
 
 
 def _stretched(logits: Tensor, target: Geometry) -> Iterator[Tensor]:
@@ -93,7 +90,7 @@ def _stretched(logits: Tensor, target: Geometry) -> Iterator[Tensor]:
 
 
 def _sampled(logits: Tensor, target: Geometry, to_grid: Array) -> Iterator[Tensor]:
-    """Any two grids (a sheared scan and its straightened grid)."""
+    """Any two grids (a sheared scan and its straightened grid), by the way from target voxel to grid voxel."""
     steps = np.stack(np.meshgrid(0, *map(np.arange, target.shape[1:]), indexing="ij"), axis=-1)  # (1, J, K, 3)
     first = steps @ to_grid[:3, :3].T + to_grid[:3, 3]
     last = np.maximum(np.asarray(logits.shape[1:]) - 1, 1)
@@ -102,6 +99,10 @@ def _sampled(logits: Tensor, target: Geometry, to_grid: Array) -> Iterator[Tenso
         position = (2 * position / last - 1)[..., ::-1]  # grid_sample: -1 to 1, and the last axis first
         where = torch.from_numpy(position.astype(np.float32))[None].to(logits.device)
         yield F.grid_sample(logits[None], where, padding_mode="border", align_corners=True)[0, :, 0]
+
+
+def _one_slice(picture: Geometry) -> Geometry:
+    return Geometry((*picture.shape, 1), picture.affine)
 
 
 def _as_source(tensor: Tensor, source: Geometry, orientation: str) -> Volume:

@@ -1,4 +1,4 @@
-"""A network over volumes of any size: window by window, seams blended."""
+"""A network over volumes and pictures of any size: window by window, seams blended."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def sliding_window(
     batch_size: int = 1,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """Predict a whole volume.
+    """Predict a whole volume or picture.
 
     A volume smaller than the patch lies in its middle, zeros around it, as in training. A patch with
-    one entry less than the volume has axes is for a network on slices (`medseg.nets.slices.OnSlices`):
-    every slice is predicted, the outermost ones standing in for the context they lack.
+    two entries is for a network on slices (`medseg.nets.slices.OnSlices`): every slice is predicted, the
+    outermost ones standing in for the context they lack. To such a network a picture is a single slice.
 
     Args:
-        image: (C, I, J, K), on the network's device.
+        image: (C, I, J[, K]), on the network's device.
         network: In eval mode; (B, C, patch) → (B, R, patch). For mirroring, see `medseg.inference.tta`.
         window: Patch, overlap and weighting; its `mirror_axes` are not read here.
         num_outputs: R, the network's output channels.
@@ -81,8 +81,14 @@ def sliding_window(
         autocast: Lower precision for the network, e.g. ``torch.bfloat16``; None leaves it as it is.
 
     Returns:
-        Logits (R, I, J, K), float32.
+        Logits (R, I, J[, K]), float32.
     """
+    if image.ndim == 3:
+        thick = sliding_window(
+            image.unsqueeze(1 + window.slice_axis), network, window,
+            num_outputs=num_outputs, batch_size=batch_size, autocast=autocast,
+        )  # fmt: skip
+        return thick.squeeze(1 + window.slice_axis)
     axes = _axes(image.shape[1:], window, image.device)
     padded = _pad(image, axes)
     logits = torch.zeros((num_outputs, *(axis.covered for axis in axes)), device=image.device)

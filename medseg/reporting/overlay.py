@@ -85,7 +85,7 @@ def contour_picture(
     The planes go through the slices that show most of every organ. All panels have one scale.
 
     Args:
-        image: (I, J, K) in RAS; or (I, J), drawn as one panel with I downwards.
+        image: (I, J, K) in RAS; or of a picture (I, J), drawn as one panel with J downwards.
         reference: Label map of the same shape; None: there is none.
         prediction: Label map of the same shape; None: there is none.
         labels: What the values mean. An organ keeps its color from picture to picture.
@@ -138,8 +138,8 @@ def informative_slices(maps: Sequence[Array], labels: Labels) -> tuple[int, ...]
 
 def _panels(image: Array, maps: Sequence[Array | None], labels: Labels, spacing_mm: Sequence[float]) -> list[Panel]:
     if image.ndim == 2:
-        size = (image.shape[1] * spacing_mm[1], image.shape[0] * spacing_mm[0])
-        return [Panel(image, tuple(maps), size, ("", ""))]
+        size = (image.shape[0] * spacing_mm[0], image.shape[1] * spacing_mm[1])
+        return [Panel(image.T, tuple(None if m is None else m.T for m in maps), size, ("", ""))]
     indices = informative_slices([m for m in maps if m is not None], labels) or tuple(n // 2 for n in image.shape)
     panels = []
     for plane in PLANES:

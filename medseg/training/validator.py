@@ -24,8 +24,8 @@ class Validator:
     Args:
         cases: Held-out, preprocessed.
         labels: The label map.
-        segment: (network, image (C, I, J, K)) → logits (R, I, J, K).
-        draw: (case, predicted label map (I, J, K), title) → RGB picture.
+        segment: (network, image (C, I, J[, K])) → logits (R, I, J[, K]).
+        draw: (case, predicted label map (I, J[, K]), title) → RGB picture.
         unions: Label values also scored together, by name.
         device: Where images go.
     """
@@ -60,7 +60,7 @@ class Validator:
         return Validation(rows, pictures)
 
     def predict(self, network: nn.Module, case: CachedCase) -> npt.NDArray[Any]:
-        """The network's label map, (I, J, K)."""
+        """The network's label map, (I, J[, K])."""
         image = torch.from_numpy(np.asarray(case.image, dtype=np.float32)).to(self.device)
         logits = self.segment(network, image)
         return self.labels.segment(logits[None])[0].cpu().numpy()

@@ -62,6 +62,18 @@ def test_the_layout_in_memory_changes_nothing(order: tuple[int, ...]) -> None:
     assert torch.equal(resample_label(turned_label, SOURCE, target), resample_label(label, SOURCE, target))
 
 
+@pytest.mark.parametrize("order", [(0, 3, 2, 1), (0, 2, 3, 1), (0, 1, 3, 2)])
+def test_ties_go_to_the_lowest_index_however_the_label_map_lies_in_memory(order: tuple[int, ...]) -> None:
+    """At half the resolution all eight votes are equal: the most frequent label, of several the first by index."""
+    label = torch.from_numpy(np.random.default_rng(0).integers(0, 5, (1, 12, 10, 8)).astype(np.uint8))
+    source = Geometry.from_spacing(label.shape[1:], (1, 1, 1))
+    turned = label.permute(order).contiguous().permute(np.argsort(order).tolist())
+    result = resample_label(turned, source, source.resampled((2, 2, 2)))[0]
+    for i, j, k in np.ndindex(*result.shape):
+        around = label[0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2].flatten().tolist()
+        assert result[i, j, k] == max(around, key=around.count)  # max() returns the first
+
+
 @pytest.mark.parametrize("spacing_mm", SPACINGS)
 def test_labels_are_those_with_the_most_linear_weight(spacing_mm: tuple[float, ...]) -> None:
     label, target = (noise(1, *SHAPE) * 2).round().clamp(0, 3).to(torch.int16), SOURCE.resampled(spacing_mm)
@@ -98,6 +110,14 @@ def test_the_same_grid_returns_the_same_voxels() -> None:
     image, label = noise(1, *SHAPE), (noise(1, *SHAPE) > 0).to(torch.uint8)
     assert torch.equal(resample_image(image, SOURCE, SOURCE), image)
     assert torch.equal(resample_label(label, SOURCE, SOURCE), label)
+
+
+def test_a_grid_over_a_part_of_the_scan_is_not_filled_with_the_whole() -> None:
+    """Same first voxel and spacing, fewer voxels: what lies beyond is cut off, not squeezed in."""
+    image, label = noise(1, *SHAPE), (noise(1, *SHAPE) > 0).to(torch.uint8)
+    part = Geometry((SHAPE[0], 6, SHAPE[2]), SOURCE.affine)
+    torch.testing.assert_close(resample_image(image, SOURCE, part), image[:, :, :6])
+    assert torch.equal(resample_label(label, SOURCE, part), label[:, :, :6])
 
 
 def test_a_sheared_image_keeps_its_voxels_in_place() -> None:

@@ -11,7 +11,7 @@ from monai.transforms.intensity.dictionary import ScaleIntensityRanged
 from monai.transforms.spatial.array import Orientation, SpatialResample
 from monai.transforms.spatial.dictionary import Rotate90d
 
-from medseg.data.nifti import read_label, read_volume, write_volume
+from medseg.data.nifti import read_geometry, read_label, read_volume, write_volume
 from medseg.data.transforms import (
     LoadVolumed,
     NormalizeIntensityVolumed,
@@ -190,6 +190,23 @@ def test_channels_and_labels_on_other_grids_are_refused(tmp_path: Path) -> None:
         preprocess([marked(LPS)], marked(moved), PLAIN)
     with pytest.raises(GeometryError, match="E-PAIR-AFFINE"):
         preprocess([marked(LPS), marked(moved)], None, Preprocessing(intensity=PLAIN.intensity * 2))
+
+
+def test_a_label_whose_file_rounds_otherwise_is_brought_to_the_very_grid_of_its_image(tmp_path: Path) -> None:
+    """10.5 voxels become 10, and 10.5000002 become 11: a label from another program's file would not fit."""
+    grid = Geometry.from_spacing((21, 8, 8), (0.8, 1, 1))
+    array = np.arange(21 * 64).reshape(1, 21, 8, 8).astype(np.int16)
+    write_volume(tmp_path / "image.nii.gz", Volume(array, grid))  # keeps float32
+    write_volume(tmp_path / "label.nrrd", Volume(array % 3, grid))  # keeps all digits
+    image, label = read_geometry(tmp_path / "image.nii.gz"), read_geometry(tmp_path / "label.nrrd")
+    assert image.resampled((1.6, 1, 1)).shape != label.resampled((1.6, 1, 1)).shape
+    prepared = preprocess(
+        [tmp_path / "image.nii.gz"],
+        tmp_path / "label.nrrd",
+        Preprocessing(spacing_mm=(1.6, 1, 1), intensity=PLAIN.intensity),
+    )
+    assert prepared.label is not None
+    assert prepared.label.shape == prepared.image.shape
 
 
 def test_a_constant_image_is_refused_in_training_and_warned_of_in_prediction(caplog: pytest.LogCaptureFixture) -> None:

@@ -117,10 +117,10 @@ def test_a_picture_is_drawn_even_where_there_is_nothing_to_see() -> None:
     assert picture.shape[2] == 3
 
 
-def test_a_2d_image_is_one_panel_with_its_first_axis_downwards() -> None:
-    image = np.ones((60, 40), np.float32)
-    label = np.zeros((60, 40), np.uint8)
-    label[45:55, 5:15] = 1
+def test_a_2d_image_is_one_panel_with_its_second_axis_downwards() -> None:
+    image = np.ones((40, 60), np.float32)
+    label = np.zeros((40, 60), np.uint8)
+    label[5:15, 45:55] = 1
     picture = contour_picture(image, None, label, labels=LABELS, spacing_mm=(1.0, 1.0), window=(0, 1))
     row, column = center_of(picture, COLORS[0])
     assert row > picture.shape[0] * 0.6

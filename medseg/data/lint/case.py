@@ -1,0 +1,286 @@
+"""What the files of one case hold: read once, every problem noted, nothing kept but numbers.
+
+What the readers refuse or warn of becomes a row; beyond that:
+
+===================== ==================================================================
+E-MISSING-FILE        a file of the manifest that is not there
+E-MISSING-LABEL       a training case without a label
+E-CHANNELS            more or fewer channels than the manifest names
+E-CONSTANT            a training image that shows nothing (W-CONSTANT where nothing is learned from it)
+E-LABEL-UNDECLARED    label values that the data set does not declare
+W-LABEL-EMPTY         a label map without any label
+W-LABEL-FLOAT         a label map stored as floating-point numbers
+W-HU                  a CT whose values are no Hounsfield units
+===================== ==================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from medseg.data.lint.rows import Row, WarningLog, row_of
+from medseg.data.lint.voxels import centers_mm, count_values, digest
+from medseg.data.manifest import Case
+from medseg.data.nifti import NIFTI_SUFFIXES, check_not_constant, check_pair, read_label, read_volume
+from medseg.data.preflight import read_nifti_header
+from medseg.errors import DataError, MedsegError
+from medseg.geometry import Geometry, Volume
+
+HU_RANGE = (-9000.0, 32000.0)
+"""CT values beyond are a wrong slope or a wrong sign; scanners pad with -1024 to -8192 and metal ends at 30,000."""
+
+MASK_VALUE = 255
+"""What drawing programs write for "inside" in a mask of one organ."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a data set says of every one of its cases.
+
+    Args:
+        values: Declared label values, the ignore label among them; None: scans that belong to no data set.
+        channels: What each channel is, e.g. ``("CT",)``; None: any.
+        ignore_label: Value of voxels that nobody annotated.
+        select_volume: Which volume of a 4D file is the image.
+        assume_spacing_mm: For files that state no spacing.
+        sided: Label values whose centers are wanted, to tell left from right.
+    """
+
+    values: frozenset[int] | None = None
+    channels: tuple[str, ...] | None = None
+    ignore_label: int | None = None
+    select_volume: int | None = None
+    assume_spacing_mm: tuple[float, ...] | None = None
+    sided: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class LabelFacts:
+    """What a label map holds.
+
+    Args:
+        geometry: Its grid.
+        voxels: Number of voxels of each value, the background too.
+        centers_mm: Center of each of the `Expected.sided` values that it has, in RAS.
+        digest: Hash of values and shape.
+        is_float: Whether the file stores floating-point numbers.
+    """
+
+    geometry: Geometry
+    voxels: Mapping[int, int]
+    centers_mm: Mapping[int, tuple[float, float, float]]
+    digest: str
+    is_float: bool
+
+
+@dataclass(frozen=True, eq=False)
+class CaseFacts:
+    """A case after its files were read.
+
+    Args:
+        case: The case.
+        is_training: Whether a network would learn from it.
+        geometry: Grid of its first image; None where that cannot be read.
+        digest: Hash of all channels' voxels and shape, brought to RAS; None where there is none, or
+            where the image shows nothing.
+        label: None where there is none, or none that can be read.
+        rows: Its problems.
+    """
+
+    case: Case
+    is_training: bool
+    geometry: Geometry | None = None
+    digest: str | None = None
+    label: LabelFacts | None = None
+    rows: tuple[Row, ...] = field(default=())
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether nothing stands against it but what a correction would mend."""
+        return not any(row.severity == "error" and not row.fixable for row in self.rows)
+
+
+def examine(case: Case, warned: WarningLog, *, expected: Expected, is_training: bool) -> CaseFacts:
+    """Read a case's files, one after the other, and note everything that is wrong with them.
+
+    Args:
+        case: The case.
+        warned: Where the readers' warnings arrive.
+        expected: What the data set says of its cases.
+        is_training: Whether a network would learn from it.
+
+    Returns:
+        Numbers and problems, no voxels.
+    """
+    rows: list[Row] = []
+    warned.take()
+    images = [_image(case, file, rows, expected, is_training=is_training) for file in case.images]
+    read = [image for image in images if image]
+    label = None
+    if case.label:
+        label = _label(case, case.label, rows, expected)
+    elif is_training and expected.values is not None:
+        rows.append(Row("E-MISSING-LABEL", "a training case needs a label; move it to test", case.id))
+    if len(read) == len(images):
+        rows += _channel_rows(case, read, expected)
+    for file, grid in [
+        *((f, i.geometry) for f, i in zip(case.images, images, strict=True) if i),
+        *([(case.label, label.geometry)] if case.label and label else []),
+    ]:
+        rows += _pair_rows(case, read, file, grid)
+    rows += [row_of(message, case) for message in warned.take()]
+    shows = len(read) == len(images) and all(image.digests for image in read)
+    of_all = hashlib.sha256("".join(d for image in read for d in image.digests).encode()).hexdigest()
+    return CaseFacts(
+        case,
+        is_training,
+        geometry=images[0].geometry if images[0] else None,
+        digest=of_all if shows else None,
+        label=label,
+        rows=tuple(rows),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Image:
+    """What an image file holds: its grid and one hash a channel, none where a channel shows nothing."""
+
+    geometry: Geometry
+    num_channels: int
+    digests: tuple[str, ...]
+
+
+def _image(case: Case, file: Path, rows: list[Row], expected: Expected, *, is_training: bool) -> _Image | None:
+    with _noted(case, file, rows):
+        _check_exists(file)
+        volume = read_volume(file, select_volume=expected.select_volume, assume_spacing_mm=expected.assume_spacing_mm)
+        ranges = [(float(channel.min()), float(channel.max())) for channel in volume.array]
+        is_constant = any(low == high for low, high in ranges)
+        if is_constant:
+            rows.append(_constant(case, file, volume, is_error=is_training))
+        first = case.images.index(file)
+        kinds = (expected.channels or ())[first:] if len(case.images) > 1 else expected.channels or ()
+        for kind, (low, high) in zip(kinds, ranges, strict=False):
+            if kind.upper() == "CT" and low != high and (low >= 0 or low < HU_RANGE[0] or high > HU_RANGE[1]):
+                message = (
+                    f"CT values run from {low:g} to {high:g}: these are no Hounsfield units (air is -1000, fat -100); "
+                    "was the slope or intercept lost?"
+                )
+                rows.append(Row("W-HU", message, case.id, str(file)))
+        oriented = volume.oriented("RAS")
+        digests = () if is_constant else tuple(digest(channel) for channel in oriented.array)
+        return _Image(volume.geometry, len(volume.array), digests)
+    return None
+
+
+def _label(case: Case, file: Path, rows: list[Row], expected: Expected) -> LabelFacts | None:
+    with _noted(case, file, rows):
+        _check_exists(file)
+        volume = read_label(file, assume_spacing_mm=expected.assume_spacing_mm)
+        array = volume.array[0]
+        facts = LabelFacts(
+            volume.geometry,
+            voxels=count_values(array),
+            centers_mm=centers_mm(array, volume.geometry, expected.sided),
+            digest=digest(volume.oriented("RAS").array[0]),
+            is_float=_stores_floats(file, expected),
+        )
+        rows += _label_rows(case, file, facts, expected)
+        return facts
+    return None
+
+
+def _label_rows(case: Case, file: Path, facts: LabelFacts, expected: Expected) -> Iterator[Row]:
+    if facts.is_float:
+        message = "is stored as floating-point numbers; its whole numbers are read as labels"
+        yield Row("W-LABEL-FLOAT", message, case.id, str(file), fixable=True)
+    if set(facts.voxels) <= {0, expected.ignore_label}:
+        message = "holds no label: its metrics will be empty, and it teaches background alone"
+        yield Row("W-LABEL-EMPTY", message, case.id, str(file))
+    undeclared = sorted(set(facts.voxels) - expected.values) if expected.values is not None else []
+    if not undeclared:
+        return
+    assert expected.values is not None
+    found = ", ".join(f"{value} ({facts.voxels[value]:,} voxels)" for value in undeclared[:8])
+    more = f" and {len(undeclared) - 8} more" if len(undeclared) > 8 else ""
+    declared = ", ".join(map(str, sorted(expected.values)))
+    is_mask = mask_mapping(facts, expected) is not None
+    advice = "255 is the organ of a mask; map it to 1" if is_mask else "add them to the manifest, or set ignore_label"
+    message = f"holds label {found}{more}, but declared are {declared}; {advice}"
+    yield Row("E-LABEL-UNDECLARED", message, case.id, str(file), fixable=is_mask)
+
+
+def mask_mapping(facts: LabelFacts, expected: Expected) -> dict[int, int] | None:
+    """``{255: 1}`` for the 0/255 mask of a data set with one organ, where it can mean nothing else."""
+    is_mask = (
+        expected.values == frozenset((0, 1)) and MASK_VALUE in facts.voxels and set(facts.voxels) <= {0, MASK_VALUE}
+    )
+    return {MASK_VALUE: 1} if is_mask else None
+
+
+@contextmanager
+def _noted(case: Case, file: Path, rows: list[Row]) -> Iterator[None]:
+    """Turn what is raised inside into a row."""
+    try:
+        yield
+    except MedsegError as error:
+        rows.append(Row(error.error_id, error.message, case.id, str(file)))
+    except OSError as error:
+        rows.append(Row("E-FILE", f"cannot be read: {error.strerror}; check path and rights", case.id, str(file)))
+    except MemoryError:
+        rows.append(Row("E-MEMORY", "does not fit into this machine's memory; crop it", case.id, str(file)))
+
+
+def _check_exists(file: Path) -> None:
+    if not os.path.exists(file):  # False, too, where its folder may not be entered
+        raise DataError("E-MISSING-FILE", "does not exist; check root and paths")
+
+
+def _constant(case: Case, file: Path, volume: Volume, *, is_error: bool) -> Row:
+    try:
+        check_not_constant(volume, str(file))
+    except DataError as error:
+        message = error.message
+    return Row("E-CONSTANT" if is_error else "W-CONSTANT", message, case.id, str(file))
+
+
+def _channel_rows(case: Case, images: Sequence[_Image], expected: Expected) -> Iterator[Row]:
+    if expected.channels is None:
+        return
+    num_channels = sum(image.num_channels for image in images)
+    if num_channels != len(expected.channels):
+        message = (
+            f"{num_channels} channels; expected {len(expected.channels)} ({', '.join(expected.channels)}) as the "
+            "manifest's modality says. Of a 4D file, select_volume takes one"
+        )
+        yield Row("E-CHANNELS", message, case.id, str(case.images[0]))
+
+
+def _pair_rows(case: Case, images: Sequence[_Image], file: Path, grid: Geometry) -> Iterator[Row]:
+    """Channels and label must stand on the grid of the first image that can be read."""
+    if not images:
+        return
+    try:
+        check_pair(_outline(images[0].geometry), _outline(grid), str(file))
+    except MedsegError as error:
+        yield Row(error.error_id, error.message, case.id, str(file))
+
+
+def _outline(geometry: Geometry) -> Volume:
+    """A volume that takes no memory, for checks that look at grids alone."""
+    return Volume(np.broadcast_to(np.uint8(0), (1, *geometry.shape)), geometry)
+
+
+def _stores_floats(file: Path, expected: Expected) -> bool:
+    """Whether a NIfTI label is floating-point; the other formats keep their type from reading to writing."""
+    if not file.name.lower().endswith(NIFTI_SUFFIXES):
+        return False
+    header = read_nifti_header(file, assume_spacing_mm=expected.assume_spacing_mm)
+    return header.dtype.kind == "f"

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medseg.data.painting import Piece, indices_of, masks_of, paint, plane_distances_mm, values_of
+from medseg.errors import DataError
+from medseg.geometry import Geometry
+
+SHAPE = (6, 5, 4)
+NAMES = {1: "body", 2: "lung", 3: "node"}
+
+
+def boxes() -> dict[int, np.ndarray]:
+    """Body around lung around node, and a lung that leaves the body."""
+    masks = {number: np.zeros(SHAPE, bool) for number in NAMES}
+    masks[1][:4] = True
+    masks[2][2:6, 1:4] = True
+    masks[3][3:5, 2] = True
+    return masks
+
+
+def pieces(masks: dict[int, np.ndarray], seed: int) -> list[Piece]:
+    """Slice by slice along K, in a random order."""
+    cut = [
+        Piece(number, (slice(None), slice(None), k), mask[:, :, k]) for number, mask in masks.items() for k in range(4)
+    ]
+    return [cut[n] for n in np.random.default_rng(seed).permutation(len(cut))]
+
+
+def painted(paint_order: tuple[int, ...], values: dict[int, int], seed: int = 0) -> np.ndarray:
+    return paint(
+        SHAPE,
+        pieces(boxes(), seed),
+        names=NAMES,
+        values=values,
+        paint_order=paint_order,
+        kind="RTSTRUCT",
+        where="case a",
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("order", [(10, 20, 30), (30, 20, 10), (20, 30, 10)])
+def test_the_last_in_the_order_lies_on_top_whatever_comes_first(order: tuple[int, ...], seed: int) -> None:
+    expected = np.zeros(SHAPE, int)
+    for value in order:  # one after the other, over what is there
+        expected[boxes()[value // 10]] = value
+    np.testing.assert_array_equal(painted(order, {1: 10, 2: 20, 3: 30}, seed), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_overlaps_without_an_order_are_refused_with_every_pair(seed: int) -> None:
+    masks = boxes()
+    del masks[3]
+    with pytest.raises(DataError, match="E-RTSTRUCT-OVERLAP case a: structures overlap") as caught:
+        paint(
+            SHAPE,
+            pieces(masks, seed),
+            names=NAMES,
+            values={1: 1, 2: 2, 3: 0},
+            paint_order=(2,),
+            kind="RTSTRUCT",
+            where="case a",
+        )
+    assert f"'body' and 'lung': {np.count_nonzero(masks[1] & masks[2])} voxels" in str(caught.value)
+
+
+def test_structures_of_value_0_are_left_out() -> None:
+    np.testing.assert_array_equal(painted((), {1: 0, 2: 4, 3: 0}), 4 * boxes()[2])
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(255, np.uint8), (256, np.int16), (40000, np.int32)])
+def test_the_smallest_type_that_torch_knows_is_taken(value: int, dtype: type) -> None:
+    array = painted((), {1: 0, 2: value, 3: value})
+    assert array.dtype == dtype
+    assert array.max() == value
+
+
+def test_masks_keep_overlaps() -> None:
+    masks = masks_of(SHAPE, pieces(boxes(), 0), NAMES)
+    for number, name in NAMES.items():
+        np.testing.assert_array_equal(masks[name], boxes()[number])
+
+
+def test_names_match_whatever_case_blanks_and_punctuation() -> None:
+    names = {4: "Kidney, left", 7: "GTV-1 ", 9: "Körper"}
+    values = {"kidney_LEFT": 1, "gtv 1": 2, "KÖRPER": 3}
+    assert values_of(names, values, kind="SEG", where="a") == {4: 1, 7: 2, 9: 3}
+    assert values_of(names, None, kind="SEG", where="a") == {4: 4, 7: 7, 9: 9}
+
+
+def test_value_names_that_differ_in_punctuation_alone_are_refused() -> None:
+    with pytest.raises(DataError, match="E-SEG-LABELS a: label 'gtv 1' has the value 2"):
+        values_of({1: "GTV-1"}, {"gtv-1": 1, "gtv 1": 2}, kind="SEG", where="a")
+    assert values_of({1: "GTV-1"}, {"gtv-1": 1, "gtv 1": 1}, kind="SEG", where="a") == {1: 1}
+
+
+def sheared() -> Geometry:
+    affine = np.array([[-0.7, 0.1, 0, 5], [0, -0.8, 0.9, -7], [0, 0, 2.4, 9], [0, 0, 0, 1.0]])
+    return Geometry(SHAPE, affine)
+
+
+def test_points_of_the_patient_become_voxel_indices() -> None:
+    indices = np.random.default_rng(0).uniform(-3, 8, (20, 3))
+    ras = indices @ sheared().affine[:3, :3].T + sheared().affine[:3, 3]
+    np.testing.assert_allclose(indices_of(ras * (-1, -1, 1), sheared()), indices, atol=1e-9)
+
+
+def test_planes_of_a_sheared_grid_are_closer_than_its_voxels_are_long() -> None:
+    affine = sheared().affine
+    for axis, distance in enumerate(plane_distances_mm(sheared())):
+        a, b = (affine[:3, other] for other in range(3) if other != axis)
+        normal = np.cross(a, b) / np.linalg.norm(np.cross(a, b))
+        assert distance == pytest.approx(abs(normal @ affine[:3, axis]))
+    assert plane_distances_mm(sheared())[2] < sheared().spacing_mm[2]
