@@ -333,7 +333,7 @@ def test_a_run_killed_with_sigkill_and_resumed_ends_as_if_never_killed(home):
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_at_any_moment_that_writes_or_computes(home, moment):
-    broken = killed_and_resumed(home, (moment, 1), ("writing a checkpoint", 1))
+    broken = killed_and_resumed(home, (moment, 1))
     assert_as_if_never_killed(home, run(home, "--output", "whole"), broken)
 
 
