@@ -16,6 +16,7 @@ from medseg.outcome import (
     described,
     evaluation_table,
     parts_table,
+    prediction_summary,
     print_result,
     stdout_kept_free,
     training_summary,
@@ -81,6 +82,9 @@ def train(
 ) -> None:
     """Train a model as a workflow says, with its run in MLflow."""
     with stdout_kept_free():
+        from medseg.workflow import Workflow
+
+        Workflow.load(workflow, overrides or ())  # tells its mistakes before torch is loaded, which takes seconds
         from medseg.train import train
 
         result = train(
@@ -138,7 +142,7 @@ def predict(
             dry_run=dry_run,
             tracking_uri=uri,
         )
-    print_result(result, as_json)
+    print_result(result, as_json, prediction_summary)
     if result.get("failed"):
         raise typer.Exit(SOME_CASES_FAILED)
 

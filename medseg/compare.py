@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from medseg.errors import DataError, WorkflowError
 from medseg.files import write_atomically
@@ -98,7 +98,12 @@ def compare(
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """What `compare` found, for people."""
     metric = result["metric"]
-    table = Table("run", "organ", title=f"{metric}, compared with {result['baseline']}", title_justify="left")
+    table = Table(
+        Column("run", overflow="fold"),
+        "organ",
+        title=f"{metric}, compared with {result['baseline']}",
+        title_justify="left",
+    )
     for heading in ("cases", "before", "now", "difference", "better / equal / worse"):
         table.add_column(heading, justify="right")
     for comparison in result["comparisons"]:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 def did_you_mean(name: str, options: Collection[str]) -> str:
     """``"; did you mean 'unet'?"`` where an option is close, else the options themselves."""
-    close = get_close_matches(name.lower(), [option.lower() for option in options], n=1, cutoff=0.5)
+    close = get_close_matches(name.lower(), [option.lower() for option in options], n=1, cutoff=0.6)
     for option in options:
         if close and option.lower() == close[0]:
             return f"; did you mean {option!r}?"

@@ -41,6 +41,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
         setattr(stand, verb, stand_in)
         stand.comparison_table = lambda result: ""  # what the command imports beside `compare`
         monkeypatch.setitem(sys.modules, stand.__name__, stand)
+        monkeypatch.setattr(
+            "medseg.workflow.Workflow.load", lambda path, overrides: None
+        )  # `train` looks before it goes
         return calls
 
     return install
@@ -223,6 +226,22 @@ def test_predict_exits_with_3_when_some_cases_failed(fake: Fake) -> None:
     result = medseg("predict", "model", "a.nii", "-o", "out", "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout)["failed"] == failed
+    assert medseg("predict", "model", "a.nii", "-o", "out").stdout == "0 segmented in 1 s, 1 failed\n  a  spacing 0\n"
+
+
+def test_a_mistake_in_a_workflow_is_told_before_any_framework_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text("nam: liver\n")
+    script = """
+import sys
+from medseg.cli import app
+try:
+    app(["train", "w.yaml"])
+except SystemExit as end:
+    print(end.code, sorted({"torch", "monai", "mlflow"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "2 []\n"
+    assert "w.yaml:1:1 nam: not a field; did you mean 'name'?" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ import json
 import os
 import random
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +72,9 @@ def write_scans(folder: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps({"name": "tiny", "labels": LABELS, "training": training}))
 
 
-def start(home: Path, *arguments: str) -> subprocess.Popen:
+def start(home: Path, *arguments: str, program: Sequence[str] = ("-m", "medseg.cli")) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "medseg.cli", "train", "tiny.yaml", *arguments],
+        [sys.executable, *program, "train", "tiny.yaml", *arguments],
         cwd=home,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -289,14 +292,18 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         time.sleep(0.01)
 
 
-def killed_and_resumed(home: Path, delays: list[float]) -> dict:
-    """A run SIGKILLed after each delay (counted from its first sign of life), then resumed to the end."""
-    for delay in delays:
-        process = start(home, "--output", "broken", "--resume")
-        wait_for(home / "broken" / "workflow.yaml", process)
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+KILLED = Path(__file__).with_name("killed.py")
+MOMENTS = runpy.run_path(str(KILLED))["MOMENTS"]
+
+
+def killed_and_resumed(home: Path, *kills: tuple[str, float]) -> dict:
+    """A run SIGKILLed at each of some moments (see killed.py), then resumed to the end."""
+    for moment, count in kills:
+        process = start(home, "--output", "broken", "--resume", program=[str(KILLED), moment, str(count)])
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, f"{moment} {count}: {out}{err}"
+    print((home / "killed.txt").read_text())
+    (home / "killed.txt").unlink()
     return run(home, "--output", "broken", "--resume")
 
 
@@ -319,13 +326,21 @@ def assert_as_if_never_killed(home: Path, whole: dict, broken: dict) -> None:
 
 
 def test_a_run_killed_with_sigkill_and_resumed_ends_as_if_never_killed(home):
-    whole = run(home, "--output", "whole")
-    assert_as_if_never_killed(home, whole, killed_and_resumed(home, [0.5, 1.5]))
+    broken = killed_and_resumed(home, ("writing a checkpoint", 2), ("validating", 3))
+    assert_as_if_never_killed(home, run(home, "--output", "whole"), broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_at_any_moment_that_writes_or_computes(home, moment):
+    broken = killed_and_resumed(home, (moment, 1))
+    assert_as_if_never_killed(home, run(home, "--output", "whole"), broken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(10))
 def test_kills_at_random_moments(home, trial):
     whole = run(home, "--output", "whole")
-    generator = random.Random(trial)
-    assert_as_if_never_killed(home, whole, killed_and_resumed(home, [generator.uniform(0, 4) for _ in range(2)]))
+    shutil.rmtree(home / "cache")  # so that a kill may come while cases are prepared
+    delay = random.Random(trial).uniform(0, whole["seconds"])
+    assert_as_if_never_killed(home, whole, killed_and_resumed(home, ("after", delay)))

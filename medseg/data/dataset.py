@@ -159,8 +159,17 @@ class CaseCache:
             return error
 
     def _key(self, case: Case) -> str:
+        hashes = {file: self.hash_of(file) for file in case.files}
+        for file, stated in case.sha256.items():
+            if hashes[file] != stated:
+                raise DataError(
+                    "E-SHA256",
+                    f"{file} is not the file that the manifest describes (sha256 {hashes[file][:12]}…, "
+                    f"stated {stated[:12]}…); fetch it again, or correct the manifest",
+                    where=f"case {case.id}",
+                )
         parts = [
-            *[self.hash_of(file) for file in case.files],
+            *hashes.values(),
             json.dumps(self.preprocessing.to_dict(), sort_keys=True),
             json.dumps([sorted(self.labels.names), self.labels.ignore_label]),
             str(CACHE_FORMAT),

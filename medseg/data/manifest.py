@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,12 @@ from medseg.registry import did_you_mean
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 NUM_FOLDS = 5
+KEYS = (
+    *("name", "format", "labels", "regions", "region_order", "ignore_label", "pairs", "modality", "channel_names"),
+    *("root", "training", "test", "phantom", "licence", "source", "download"),
+)
+
+log = logging.getLogger("medseg")
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Case:
         label: The label map; None for scans to predict.
         patient: Who it is; a patient's cases never stand on both sides of a fold.
         fold: The fold in which this case is held out; None: medseg assigns it.
+        sha256: What the manifest states about its files; they are refused if they are others.
     """
 
     id: str
@@ -42,6 +51,7 @@ class Case:
     label: Path | None
     patient: str
     fold: int | None = None
+    sha256: Mapping[Path, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -81,6 +91,7 @@ class Manifest:
             DataError: If it is missing, not JSON, or lacks what a manifest needs.
         """
         data = _read_json(path)
+        _warn_of_typos(data, path)
         missing = [key for key in ("labels", "training") if key not in data]
         if missing:
             hints = "".join(did_you_mean(key, data) for key in missing[:1])
@@ -282,6 +293,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def _warn_of_typos(data: Mapping[str, Any], path: Path) -> None:
+    """Published manifests hold many keys that nobody reads, so only one that nearly is one of ours is worth a word."""
+    for key in set(data).difference(KEYS):
+        close = get_close_matches(key, [known for known in KEYS if known not in data], n=1, cutoff=0.75)
+        if close:
+            log.warning("W-MANIFEST-KEY %s: %r is ignored; did you mean %r?", path, key, close[0])
+
+
 def _root(data: Mapping[str, Any], path: Path) -> Path:
     if data.get("phantom"):
         digest = hashlib.sha256(json.dumps(data["phantom"], sort_keys=True).encode()).hexdigest()[:12]
@@ -301,7 +320,21 @@ def _case(entry: Any, root: Path, where: str) -> Case:
     fold = entry.get("fold")
     if fold is not None and not isinstance(fold, int):
         raise DataError("E-FOLD", f"fold {fold!r} is not a whole number", where=where)
-    return Case(name, images, label, str(entry.get("patient") or name), fold)
+    sha256 = _stated_hashes(entry.get("sha256"), images, label, where)
+    return Case(name, images, label, str(entry.get("patient") or name), fold, sha256)
+
+
+def _stated_hashes(stated: Any, images: Sequence[Path], label: Path | None, where: str) -> dict[Path, str]:
+    """``"sha256": {"image": "…" or ["…", …], "label": "…"}``; a bare text is the image's."""
+    given = stated if isinstance(stated, dict) else {"image": stated} if stated else {}
+    of_images = given.get("image") or []
+    of_images = of_images if isinstance(of_images, list) else [of_images]
+    if len(of_images) not in (0, len(images)):
+        raise DataError("E-MANIFEST", f"{len(of_images)} sha256 for {len(images)} image files", where=where)
+    known = dict(zip(images, of_images, strict=False))
+    if label and given.get("label"):
+        known[label] = given["label"]
+    return {path: str(digest).lower() for path, digest in known.items()}
 
 
 def _path(root: Path, text: Any, where: str) -> Path:

@@ -105,13 +105,13 @@ class RunFolder:
     def continue_from(self, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint it resumes from, torn lines included."""
         if self.log_file.exists():
-            kept = [line for line in self.log_file.read_text().splitlines() if _step_of(line) <= step]
+            kept = [line for line in _lines(self.log_file) if _step_of(line) <= step]
             write_atomically(self.log_file, "".join(f"{line}\n" for line in kept).encode())
         if self.validation_table.exists():
-            header, *rows = csv.reader(self.validation_table.read_text().splitlines())
-            whole = [row for row in rows if len(row) == len(VALIDATION_COLUMNS) and int(row[0]) <= step]
+            rows = [row for row in csv.reader(_lines(self.validation_table)) if len(row) == len(VALIDATION_COLUMNS)]
+            kept_rows = [row for row in rows if row[0].isdigit() and int(row[0]) <= step]
             text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([header, *whole])
+            csv.writer(text, lineterminator="\n").writerows([VALIDATION_COLUMNS, *kept_rows])
             write_atomically(self.validation_table, text.getvalue().encode())
         for folder in self.pictures.glob("step-*"):
             if int(folder.name.split("-")[1]) > step:
@@ -128,6 +128,11 @@ class RunFolder:
     def close(self) -> None:
         """Let others write into it."""
         self._lock.close()  # the file stays: who removed it would let two others in
+
+
+def _lines(table: Path) -> list[str]:
+    """Its lines; the last may be torn by a kill, in the middle of a character too."""
+    return table.read_text(errors="replace").splitlines()
 
 
 def _step_of(line: str) -> float:

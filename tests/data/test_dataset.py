@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,15 @@ def _keep_caching(folder: str, source: Case) -> None:
     while True:
         cache = CaseCache(Path(folder) / "cache", PLAIN, LABELS)
         shutil.rmtree(cache.case(source).folder.rename(Path(folder) / "gone"))
+
+
+def test_a_file_that_is_not_the_one_the_manifest_states_is_refused(tmp_path):
+    case = make_case(tmp_path, "a")
+    cache = cache_in(tmp_path)
+    image, label = case.images[0], case.label
+    cache.case(replace(case, sha256={image: cache.hash_of(image), label: cache.hash_of(label)}))
+    with pytest.raises(MedsegError, match=r"E-SHA256 case a: .*a_label\.nii\.gz is not the file that the manifest"):
+        cache.case(replace(case, sha256={label: "0" * 64}))
 
 
 def test_a_kill_leaves_a_whole_case_or_none(tmp_path):

@@ -78,6 +78,20 @@ def test_a_missing_manifest_suggests_one_beside_it(tmp_path):
         Manifest.load(tmp_path / "datset.json")
 
 
+def test_a_key_that_is_nearly_one_of_ours_is_told_and_others_are_not(tmp_path, caplog):
+    Manifest.load(write(tmp_path, [], pars=[[1, 2]], tensorImageSize="3D", release="1.0"))
+    (record,) = caplog.records
+    assert "'pars' is ignored; did you mean 'pairs'?" in record.getMessage()
+
+
+def test_stated_hashes_belong_to_their_files(tmp_path):
+    entries = [pair("a") | {"sha256": "AB"}, pair("b") | {"sha256": {"image": ["cd"], "label": "ef"}}, pair("c")]
+    a, b, c = Manifest.load(write(tmp_path, entries)).training
+    assert a.sha256 == {a.images[0]: "ab"}
+    assert b.sha256 == {b.images[0]: "cd", b.label: "ef"}
+    assert c.sha256 == {}
+
+
 def test_what_a_run_writes_down_loads_again_and_in_monai(tmp_path):
     manifest = Manifest.load(write(tmp_path, [pair(f"c{n}") for n in range(5)]))
     again = tmp_path / "written.json"

@@ -50,3 +50,12 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_torn_lines(tmp_p
         == 'step,case,organ,dice\n10,a,"kidney, left",0.5\n20,a,"kidney, left",0.5\n'
     )
     folder.close()
+
+
+def test_a_table_torn_in_its_first_line_begins_anew(tmp_path):
+    folder = RunFolder(tmp_path)
+    for torn in ("", "step,ca", "step,case,organ,dice\n4,a,"):
+        folder.validation_table.write_text(torn)
+        folder.continue_from(4)
+        assert folder.validation_table.read_text() == "step,case,organ,dice\n"
+    folder.close()
