@@ -3,7 +3,7 @@
     python benchmarks/loading.py [--shape 512 512 300] [--rounds 5] [--threads 2] [--file CT.nii.gz]
 
 An int16 CT of 0.8 × 0.8 × 1.5 mm, LPS on disk, to 1.5 mm and RAS; SimpleITK leaves the axes and the type as they
-are. Noise and structure compress as scans do (about 2.3 to 1), unless a scan of your own is given. Each
+are. Noise and structure compress as scans do (2.5 to 1), unless a scan of your own is given. Each
 run has a process of its own, warmed up on a small file; the sides take turns, and the file is in the system's
 cache. Memory is what the process adds at its peak. medseg compares the file's checksum, MONAI (nibabel) does not.
 The values are compared on medseg's grid: MONAI's Spacingd puts its voxels elsewhere, so there MONAI's
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import numpy as np
 SPACING_MM = (1.5, 1.5, 1.5)
 BODY_HU = -500
 Load = Callable[[Path], object]
+MEASURES = {"mean": np.mean, "highest": np.max}
 
 
 def medseg_side() -> Load:
@@ -87,7 +87,7 @@ SIDES: dict[str, Callable[[], Load]] = {"medseg": medseg_side, "MONAI": monai_si
 
 def make_scan(file: Path, shape: tuple[int, ...]) -> None:
     """Air with a trace of noise, a body with organs and noise, compressed as converters do."""
-    from medseg.data.nifti import write_volume
+    from medseg.data.volume_io import write_volume
     from medseg.geometry import Geometry, Volume
 
     random = np.random.default_rng(0)
@@ -106,13 +106,7 @@ def make_scan(file: Path, shape: tuple[int, ...]) -> None:
     write_volume(plain, Volume(voxels, Geometry(shape, affine)))
     with plain.open("rb") as source, gzip.open(file, "wb", compresslevel=6) as target:
         shutil.copyfileobj(source, target, 2**20)
-    print(f"{shape} int16, {plain.stat().st_size / 2**20:.0f} MB, compressed {ratio(plain, file):.2f} to 1")
     plain.unlink()
-
-
-def ratio(plain: Path, compressed: Path) -> float:
-    """How much smaller the second file is."""
-    return plain.stat().st_size / compressed.stat().st_size
 
 
 def status_mb(field: str) -> float:
@@ -168,18 +162,12 @@ def compare(file: Path, *, threads: int) -> dict[str, float]:
     return {f"{name} {kind}": float(f(np.abs(d))) for name, d in differences.items() for kind, f in MEASURES.items()}
 
 
-MEASURES = {"mean": np.mean, "highest": np.max}
-
-
 def child(*arguments: str) -> dict[str, float]:
     """What this script prints when another process runs it."""
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, env={**os.environ, **QUIET}
-    )
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)  # else it holds MONAI's remarks on what else could be installed
     return json.loads(done.stdout.splitlines()[-1])
-
-
-QUIET = {"PYTHONWARNINGS": "ignore"}  # of MONAI's deprecations
 
 
 def main() -> None:
@@ -213,7 +201,7 @@ def report(file: Path, small: Path, *, rounds: int, threads: int) -> None:
     for _ in range(rounds):
         for side, found in runs.items():
             found.append(child("--side", side, *arguments))
-    print(f"{rounds} rounds, {threads} threads")
+    print(f"{rounds} rounds, {threads} threads; the file has {file.stat().st_size / 2**20:.0f} MB")
     print(f"{'':10s} {'seconds':>8s} {'range':>13s} {'to medseg':>10s} {'peak MB':>8s} {'to medseg':>10s}")
     ours = {key: median(run[key] for run in runs["medseg"]) for key in ("seconds", "peak_mb")}
     for side, found in runs.items():

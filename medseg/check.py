@@ -169,7 +169,7 @@ def _histogram(facts: Sequence[CaseFacts], terms: Terms) -> Result:
     }
 
 
-def check_table(result: Result) -> RenderableType:
+def check_table(result: Mapping[str, Any]) -> RenderableType:
     """What people see: a line, the problems worst first, the labels, and what was corrected."""
     parts: list[RenderableType] = [Text(_summary(result))]
     if result["rows"]:
@@ -188,7 +188,7 @@ def check_table(result: Result) -> RenderableType:
     return Group(*parts)
 
 
-def _summary(result: Result) -> str:
+def _summary(result: Mapping[str, Any]) -> str:
     counts = f"{_count(result['errors'], 'error')}, {_count(result['warnings'], 'warning')}"
     lines = [f"{_count(result['checked'], 'case')} checked: {counts}"]
     codes = Counter(result["orientations"].values()).most_common()

@@ -11,6 +11,7 @@ import typer
 
 from medseg import __version__
 from medseg.outcome import (
+    REFUSED,
     SOME_CASES_FAILED,
     OneMessage,
     described,
@@ -34,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # boxes break long paths in messages, and read [brackets] as markup
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Make data sets.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="List, convert and make data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
@@ -61,6 +62,25 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", envvar="MEDSEG_DEBUG", help="Show tracebacks.")] = False,
 ) -> None:
     """Segment organs and lesions in medical images: train, predict, evaluate, compare."""
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(metavar="WORKFLOW|MANIFEST|FOLDER", help="What to check.")],
+    *,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Empty folder for a corrected description of the data.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find every problem with a data set before any work."""
+    with stdout_kept_free():
+        from medseg.check import check, check_table
+
+        result = check(path, fix=fix)
+    print_result(result, as_json, check_table)
+    if result["fixed"]["remaining_errors"] if result["fixed"] else result["errors"]:
+        raise typer.Exit(REFUSED)
 
 
 @app.command()
@@ -226,6 +246,50 @@ def metrics(*, as_json: AsJson = False) -> None:
     with stdout_kept_free():
         from medseg.metrics import METRICS
     print_result(described(METRICS), as_json, parts_table)
+
+
+@data_app.command("list")
+def list_scans(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Searched recursively.")],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Show the DICOM series of a folder, and what is wrong with them."""
+    with stdout_kept_free():
+        from medseg.data_tools import list_scans, scan_table
+
+        result = list_scans(folder)
+    print_result(result, as_json, scan_table)
+
+
+@data_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A scan or a label map: file, or DICOM folder.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .nii.gz, .nrrd, .mha, .png.")],
+    *,
+    image: Annotated[
+        Path | None, typer.Option(metavar="SCAN", help="What a SEG, an RTSTRUCT or a folder of masks is drawn on.")
+    ] = None,
+    manifest: Annotated[Path | None, typer.Option(help="Names the labels of a SEG or an RTSTRUCT.")] = None,
+    allow_missing_slices: Annotated[
+        bool, typer.Option("--allow-missing-slices", help="Interpolate slices that a series lacks.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a scan or a label map in another format, on its own grid."""
+    with stdout_kept_free():
+        from medseg.data_tools import convert
+
+        result = convert(
+            source,
+            target,
+            image=image,
+            manifest=manifest,
+            force=force,
+            allow_missing_slices=allow_missing_slices,
+        )
+    print_result(result, as_json)
 
 
 @data_app.command()

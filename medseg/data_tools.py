@@ -1,4 +1,4 @@
-"""`medseg data`: data sets made ready, or made up."""
+"""`medseg data`: what is there, converted, or made up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rich.console import RenderableType
+
 from medseg.data import phantom
+from medseg.data.manifest import Manifest
+from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.display import progress_bar
 from medseg.errors import DataError
 from medseg.files import write_atomically
@@ -57,6 +62,75 @@ def make_phantom(
         task = bar.add_task("making phantom cases", total=num_cases)
         phantom.make_cases(folder, spec=spec, on_case=lambda: bar.advance(task))
     return {"manifest": manifest, "cases": num_cases}
+
+
+def list_scans(folder: Path) -> Result:
+    """What a folder of DICOM holds: each series with what is wrong with it, and why other files are passed over.
+
+    Args:
+        folder: Searched recursively; or one file.
+
+    Returns:
+        ``rows``, see `medseg.data.dicom.listing.list_folder`.
+
+    Raises:
+        DataError: If it does not exist.
+    """
+    from medseg.data.dicom.listing import list_folder  # as only this command needs it
+
+    return {"rows": list_folder(folder)}
+
+
+def scan_table(result: Mapping[str, Any]) -> RenderableType:
+    """What `list_scans` found, for people."""
+    from medseg.data.dicom.listing import listing
+
+    return listing(result["rows"])
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    image: Path | None = None,
+    manifest: Path | None = None,
+    force: bool = False,
+    allow_missing_slices: bool = False,
+) -> Result:
+    """Write a scan or a label map, of whatever kind, as NIfTI, NRRD, MetaImage or PNG, on its own grid.
+
+    Args:
+        source: A file, or a DICOM folder (``folder#uid`` of several series), SEG, RTSTRUCT or folder of masks.
+        target: Its suffix says as what.
+        image: The scan that a SEG, an RTSTRUCT or masks are drawn on; makes `source` a label map.
+        manifest: Names the labels of a SEG or an RTSTRUCT; None: the numbers of its structures count.
+        force: Overwrite `target`.
+        allow_missing_slices: Interpolate slices that a series lacks.
+
+    Returns:
+        ``output``, ``shape``, ``spacing_mm``, ``orientation``, and ``labels`` (voxels of each) of a label map.
+
+    Raises:
+        DataError: If the source cannot be read, or the target exists.
+    """
+    if target.exists() and not force:
+        raise DataError("E-OUTPUT-EXISTS", "exists; add --force to overwrite it", where=str(target))
+    if image is None:
+        volume = read_volume(source, allow_missing_slices=allow_missing_slices)
+    else:
+        labels = Manifest.load(manifest).labels if manifest else None
+        volume = read_label(source, image=image, labels=labels)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_volume(target, volume)
+    grid = volume.geometry
+    result: Result = {
+        "output": str(target), "shape": list(grid.shape),
+        "spacing_mm": [round(s, 6) for s in grid.spacing_mm], "orientation": grid.orientation,
+    }  # fmt: skip
+    if image is not None:
+        values, counts = np.unique(volume.array, return_counts=True)
+        result["labels"] = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+    return result
 
 
 def _manifest(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:

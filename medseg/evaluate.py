@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from medseg.data.checks import check_label_values
 from medseg.data.inputs import MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases, manifest_cases
 from medseg.data.manifest import Manifest
-from medseg.data.nifti import check_label_values, read_label
+from medseg.data.volume_io import read_label
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems
 from medseg.geometry import Geometry, Volume

@@ -134,6 +134,17 @@ class Geometry:
         distance = np.linalg.norm(self._corners_mm() - other._corners_mm(), axis=1)
         return bool(distance.max() <= FACE_TOLERANCE_MM)
 
+    def share_covered_by(self, other: Geometry) -> float:
+        """Share of this grid's field of view that lies within another's, told from a few thousand points."""
+        steps = [np.linspace(0, n - 1, min(n, 16)) for n in self.shape]
+        index = np.stack(np.meshgrid(*steps, indexing="ij"), -1).reshape(-1, self.spatial_dims)
+        world = index @ self._axes.T + self.affine[:3, 3]
+        if self.spatial_dims != other.spatial_dims:
+            return 0.0
+        place = (world - other.affine[:3, 3]) @ np.linalg.pinv(other._axes).T
+        inside = (place > -0.5 - 1e-6) & (place < np.array(other.shape) - 0.5 + 1e-6)
+        return float(inside.all(axis=1).mean())
+
     def axes_to(self, orientation: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         """How to transpose and then flip an array of this grid to bring it to an orientation.
 

@@ -27,6 +27,7 @@ class Labels:
             later regions overwrite earlier ones.
         ignore_label: Value of voxels that nobody annotated: neither loss nor metric counts them.
         pairs: Left and right label of each paired organ, exchanged by a left-right flip.
+        structures: Label value of what a DICOM SEG or RTSTRUCT calls otherwise than `names` do; 0 leaves it out.
     """
 
     names: Mapping[int, str]
@@ -34,6 +35,7 @@ class Labels:
     region_order: tuple[int, ...] = ()
     ignore_label: int | None = None
     pairs: tuple[tuple[int, int], ...] = ()
+    structures: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         values = sorted(self.names)
@@ -50,11 +52,12 @@ class Labels:
                 "E-LABELS", f"ignore_label {self.ignore_label} is also the label {self.names[self.ignore_label]!r}"
             )
         used = [v for united in self.regions.values() for v in united]
-        used += [*self.region_order, *[v for pair in self.pairs for v in pair]]
+        used += [*self.region_order, *[v for pair in self.pairs for v in pair], *self.structures.values()]
         unknown = sorted({v for v in used if v not in self.names})
         if unknown:
             raise DataError(
-                "E-LABELS", f"regions, region_order or pairs name label {unknown}, which labels do not declare"
+                "E-LABELS",
+                f"regions, region_order, pairs or structures name label {unknown}, which labels do not declare",
             )
         if self.regions and len(self.region_order) != len(self.regions):
             raise DataError(
@@ -121,6 +124,7 @@ class Labels:
             "region_order": list(self.region_order),
             "ignore_label": self.ignore_label,
             "pairs": [list(pair) for pair in self.pairs],
+            "structures": dict(self.structures),
         }
 
     @classmethod
@@ -139,6 +143,7 @@ class Labels:
             region_order=tuple(data.get("region_order") or (values[-1] for values in regions.values())),
             ignore_label=data.get("ignore_label"),
             pairs=tuple((int(left), int(right)) for left, right in data.get("pairs") or ()),
+            structures={str(name): int(value) for name, value in (data.get("structures") or {}).items()},
         )
 
 

@@ -54,6 +54,7 @@ class Preprocessing:
         intensity: One entry a channel.
         select_volume: Which volume of a 4D file is the image; None: the last axis are channels.
         assume_spacing_mm: Spacing for files that state none.
+        allow_missing_slices: Whether slices that a DICOM series lacks are interpolated.
     """
 
     orientation: str = "RAS"
@@ -61,6 +62,7 @@ class Preprocessing:
     intensity: tuple[Intensity, ...] = (Intensity(),)
     select_volume: int | None = None
     assume_spacing_mm: tuple[float, ...] | None = None
+    allow_missing_slices: bool = False
 
     def geometry(self, source: Geometry) -> Geometry:
         """The network's grid for a scan: straightened, oriented, resampled; the same field of view."""
@@ -83,6 +85,7 @@ class Preprocessing:
             intensity=intensity,
             select_volume=data["select_volume"],
             assume_spacing_mm=pair(data["assume_spacing_mm"]),
+            allow_missing_slices=data["allow_missing_slices"],
         )
 
 

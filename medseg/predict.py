@@ -13,8 +13,8 @@ from typing import Any
 from medseg.build.model import predictor
 from medseg.data.inputs import PROBABILITIES, check_unique, find_cases
 from medseg.data.manifest import Case
-from medseg.data.nifti import WRITABLE_SUFFIXES, write_volume
 from medseg.data.transforms import Prepared
+from medseg.data.volume_io import WRITABLE_SUFFIXES, write_volume
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.files import remove_leftovers

@@ -18,7 +18,7 @@ from medseg.build.provenance import run_tags
 from medseg.build.training import check_parts
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
-from medseg.data.nifti import read_label
+from medseg.data.sources import read_label_map
 from medseg.display import console, track
 from medseg.errors import Interrupted, WorkflowError
 from medseg.files import write_atomically
@@ -173,7 +173,7 @@ def _score(
     for case in track(data.held_out, f"scoring the {which} checkpoint"):
         assert case.label is not None
         prediction = segment.segment(case.images).label
-        reference = read_label(case.label, assume_spacing_mm=plan.data.assume_spacing_mm)
+        reference = read_label_map(case.label, data.preprocessing, images=case.images, labels=data.labels)
         scores += score_case(case.id, reference, prediction, data.labels, unions=plan.validate_.unions)
     return scores
 

@@ -65,6 +65,7 @@ class Data(Section):
     )
     select_volume: int | None = Field(None, description="which volume of a 4D file is the image")
     assume_spacing_mm: Spacing | None = Field(None, description="for files that state no spacing")
+    allow_missing_slices: bool = Field(False, description="interpolate slices that a DICOM series lacks")
     cache: Literal["ram", "disk", "none"] = "ram"
     slice_axis: Literal[0, 1, 2] = Field(2, description="for 2D networks: the axis slices are cut along")
     context_slices: Annotated[int, Field(ge=0)] = Field(

@@ -14,7 +14,7 @@ from rich.console import Console
 from medseg.check import check, check_table
 from medseg.data.dataset import CaseCache
 from medseg.data.manifest import Manifest
-from medseg.data.nifti import write_volume
+from medseg.data.volume_io import write_volume
 from medseg.errors import DataError, MedsegError, Problems
 from medseg.geometry import Geometry, Volume
 from medseg.model import Intensity, Preprocessing

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from medseg.data.manifest import Manifest
-from medseg.data.nifti import read_label, read_volume
+from medseg.data.volume_io import read_label, read_volume
 from medseg.data_tools import make_phantom
 from medseg.errors import DataError
 

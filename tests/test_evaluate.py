@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from medseg.data.nifti import write_volume
+from medseg.data.volume_io import write_volume
 from medseg.errors import MedsegError, Problems, WorkflowError
 from medseg.evaluate import evaluate
 from medseg.geometry import Geometry, Volume

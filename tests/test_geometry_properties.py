@@ -7,6 +7,7 @@ of a single voxel. Oracles are brute force in float64, nibabel and SimpleITK.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -17,9 +18,9 @@ import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from medseg.data.nifti import read_geometry, read_volume, write_volume
 from medseg.data.resample import resample_image, resample_label
 from medseg.data.transforms import OrientVolumed, geometry_of, meta_tensor, preprocess
+from medseg.data.volume_io import read_geometry, read_volume, write_volume
 from medseg.geometry import Geometry, Volume
 from medseg.inference.restore import restore
 from medseg.labels import Labels
@@ -323,10 +324,12 @@ def check_itk_places(image: sitk.Image, grid: Geometry, *, atol: float) -> None:
         np.testing.assert_allclose(found, millimetres(grid, np.array(corner)[:, None])[:, 0], atol=atol)
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all examples: each overwrites the last one's files."""
-    return tmp_path_factory.mktemp("properties")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One for all examples: each overwrites the last one's files, which need not outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield tmp_path_factory.mktemp("properties")
 
 
 @MANY

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from medseg.build.model import predictor
-from medseg.data.nifti import read_label, write_volume
 from medseg.data.phantom import picture
+from medseg.data.volume_io import read_label, write_volume
 from medseg.errors import DataError, MedsegError, WorkflowError
 from medseg.evaluate import evaluate
 from medseg.geometry import Geometry, Volume

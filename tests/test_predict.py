@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medseg.build.model import predictor
-from medseg.data.nifti import read_label, read_volume, write_volume
+from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import MedsegError, Problems, WorkflowError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels

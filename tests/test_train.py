@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from medseg.data.nifti import read_label, read_volume, write_volume
+from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import MedsegError
 from medseg.geometry import Geometry, Volume
 from medseg.predict import predict

@@ -13,8 +13,8 @@ import numpy as np
 from medseg.data import phantom
 from medseg.data.dataset import CachedCase, CaseCache, absent_labels
 from medseg.data.manifest import Case, Manifest, cache_folder, expand_variables
-from medseg.data.nifti import read_geometry
 from medseg.data.transforms import foreground_statistics
+from medseg.data.volume_io import read_geometry
 from medseg.display import progress_bar
 from medseg.errors import DataError, WorkflowError
 from medseg.files import remove_leftovers, temporary_path
@@ -101,12 +101,13 @@ def preprocessing(workflow: Workflow, source: Manifest, training: Sequence[Case]
         intensity=tuple(Intensity(clip=c.clip, normalize="none") for c in intensity),
         select_volume=chosen.select_volume,
         assume_spacing_mm=chosen.assume_spacing_mm,
+        allow_missing_slices=chosen.allow_missing_slices,
     )
     with workflow.blamed("data", "spacing_mm"):
         spacing_mm = _spacing(workflow, plain, training)
     if any(c.normalize == "foreground" for c in intensity):
         statistics = foreground_statistics(
-            [(case.images, case.label) for case in training], plain, ignore_label=source.labels.ignore_label
+            [(case.images, case.label) for case in training], plain, labels=source.labels
         )
     else:
         statistics = ((0.0, 1.0),) * len(intensity)

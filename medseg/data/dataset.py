@@ -23,9 +23,10 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from medseg.data.checks import check_label_values
 from medseg.data.manifest import Case
-from medseg.data.nifti import check_label_values
 from medseg.data.transforms import Prepared, preprocess
+from medseg.data.volume_io import files_of, is_drawn
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems
 from medseg.files import remove_leftovers, sha256_of, temporary_path, write_atomically
@@ -147,8 +148,13 @@ class CaseCache:
         return CachedCase(case.id, folder, self.in_memory)
 
     def hash_of(self, file: Path) -> str:
-        """sha256 of a file, computed once for each of its versions."""
-        return file_hash(file, self.folder / "hashes")
+        """sha256 of a file, or of the files of a series together, computed once for each of their versions."""
+        memory = self.folder / "hashes"
+        files = files_of(file)
+        if files == (file,):
+            return file_hash(file, memory)
+        together = "\n".join(file_hash(part, memory) for part in files)
+        return hashlib.sha256(together.encode()).hexdigest()
 
     def _attempt(self, case: Case) -> CachedCase | MedsegError:
         try:
@@ -173,11 +179,16 @@ class CaseCache:
             json.dumps(self.preprocessing.to_dict(), sort_keys=True),
             json.dumps([sorted(self.labels.names), self.labels.ignore_label]),
             str(CACHE_FORMAT),
+            *(
+                [json.dumps([dict(self.labels.names), dict(self.labels.structures)])]
+                if case.label and is_drawn(case.label)
+                else []
+            ),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def _write(self, case: Case, folder: Path) -> None:
-        prepared = preprocess(case.images, case.label, self.preprocessing)
+        prepared = preprocess(case.images, case.label, self.preprocessing, self.labels)
         if prepared.label is None:
             raise DataError("E-MISSING-LABEL", "a training case needs a label", where=f"case {case.id}")
         check_label_values(prepared.label, self.labels)

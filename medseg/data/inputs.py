@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from medseg.data import phantom
 from medseg.data.manifest import Case, Manifest, case_id
-from medseg.data.nifti import PICTURE_SUFFIXES, READABLE_SUFFIXES
+from medseg.data.volume_io import PICTURE_SUFFIXES, READABLE_SUFFIXES
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.registry import did_you_mean
 
@@ -93,23 +94,50 @@ def check_unique(cases: Sequence[Case]) -> None:
 def _folder_cases(folder: Path) -> list[Case]:
     """Every scan below a folder: called after its file, or after its path where files share a name.
 
-    Pictures count where there is nothing else: beside volumes they are previews and screenshots.
+    Pictures count where there is nothing else: beside scans they are previews and screenshots.
     """
     files = sorted(_scans(folder))
     volumes = [path for path in files if not path.name.lower().endswith(PICTURE_SUFFIXES)]
-    if volumes and len(volumes) < len(files):
+    series = _series_cases(folder)
+    num_pictures, num_scans = len(files) - len(volumes), len(volumes) + len(series)
+    if num_pictures and num_scans:
         logging.getLogger("medseg").warning(
-            "W-PICTURES %s: %d pictures beside %d volumes are passed over; name them to use them",
-            folder, len(files) - len(volumes), len(volumes),
+            "W-PICTURES %s: %d pictures beside %d scans are passed over; name them to use them",
+            folder, num_pictures, num_scans,
         )  # fmt: skip
-    files = volumes or files
-    if not files:
-        raise DataError("E-NO-INPUT", f"holds no {', '.join(READABLE_SUFFIXES)} file", where=str(folder))
+    files = files if not num_scans else volumes
+    if not (files or series):
+        known = ", ".join(READABLE_SUFFIXES)
+        raise DataError("E-NO-INPUT", f"holds no {known} file and no DICOM series", where=str(folder))
     cases = [_file_case(path, case_id(path)) for path in files]
-    if len({case.id for case in cases}) == len(cases):
-        return cases
-    parts = [(*case.images[0].relative_to(folder).parts[:-1], case.id) for case in cases]
-    return [replace(case, id="_".join(names)) for case, names in zip(cases, parts, strict=True)]
+    if len({case.id for case in cases}) < len(cases):
+        parts = [(*case.images[0].relative_to(folder).parts[:-1], case.id) for case in cases]
+        cases = [replace(case, id="_".join(names)) for case, names in zip(cases, parts, strict=True)]
+    return [*cases, *series]
+
+
+def _series_cases(folder: Path) -> list[Case]:
+    """Every DICOM series below a folder, called after the folder that holds its files.
+
+    Nothing that the files say of the patient becomes a name; series that share a folder are told apart by
+    modality and a digest of their uid.
+    """
+    from medseg.data.dicom.folder import find_series  # pydicom takes a while to import
+
+    found = [(_home(series.files), series) for series in find_series(folder).series]
+    shared = Counter(home for home, _ in found)
+    cases = []
+    for home, series in found:
+        names = home.relative_to(folder).parts or (folder.resolve().name,)
+        if shared[home] > 1:
+            names = (*names, series.modality, hashlib.sha256(series.name.encode()).hexdigest()[:8])
+        cases.append(_file_case(Path(f"{home}#{series.name}"), "_".join(names)))
+    return cases
+
+
+def _home(files: Sequence[Path]) -> Path:
+    """The folder that holds all of them."""
+    return Path(os.path.commonpath([file.parent for file in files]))
 
 
 def _scans(folder: Path) -> Iterator[Path]:

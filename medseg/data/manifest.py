@@ -135,7 +135,7 @@ class Manifest:
         problems: list[MedsegError] = []
         for case in (*self.training, *self.test):
             for file in case.files:
-                if not file.exists():
+                if not _is_there(file):
                     problems.append(
                         DataError(
                             "E-MISSING-FILE", f"{file} does not exist; check root and paths", where=f"case {case.id}"
@@ -170,11 +170,13 @@ class Manifest:
                 "and at least one case must stay on each side",
                 where=str(self.path),
             )
-        shared = sorted({c.patient for c in training} & {c.patient for c in validation})
-        if shared:
+        held_out = {case.patient for case in validation}
+        shared = [case.id for case in training if case.patient in held_out]
+        if shared:  # told by their cases: a patient's name belongs in no message
             raise DataError(
                 "E-LEAKAGE",
-                f"patients {shared[:5]} stand on both sides of fold {fold}; give all cases of a patient the same fold",
+                f"patients stand on both sides of fold {fold}: those of cases {shared[:5]} are held out too; give all "
+                "cases of a patient the same fold",
                 where=str(self.path),
             )
         return training, validation
@@ -193,14 +195,16 @@ class Manifest:
         return {case.id: fold_of[case.patient] for case in self.training}
 
     def to_dict(self, hashes: Mapping[Path, str] | None = None) -> dict[str, Any]:
-        """The manifest with everything spelled out: absolute paths, patients, folds and file hashes."""
+        """The manifest with everything spelled out: absolute paths, folds, file hashes, and patients as numbers."""
         folds = self.folds() if self.training else {}
+        patients = dict.fromkeys(case.patient for case in (*self.training, *self.test))
+        number_of = {patient: f"{number:04d}" for number, patient in enumerate(patients)}
 
         def entry(case: Case) -> dict[str, Any]:
             images = [str(image) for image in case.images]
             full: dict[str, Any] = {
                 "id": case.id,
-                "patient": case.patient,
+                "patient": number_of[case.patient],
                 "image": images if len(images) > 1 else images[0],
             }
             if case.label:
@@ -299,6 +303,14 @@ def _warn_of_typos(data: Mapping[str, Any], path: Path) -> None:
         close = get_close_matches(key, [known for known in KEYS if known not in data], n=1, cutoff=0.75)
         if close:
             log.warning("W-MANIFEST-KEY %s: %r is ignored; did you mean %r?", path, key, close[0])
+
+
+def _is_there(path: Path) -> bool:
+    if path.exists():
+        return True
+    from medseg.data.dicom.folder import split_series_path  # pydicom takes a while to import, and few manifests need it
+
+    return split_series_path(path)[0].exists()
 
 
 def _root(data: Mapping[str, Any], path: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.data.manifest import case_id
-from medseg.data.nifti import PICTURE_SUFFIXES
+from medseg.data.volume_io import PICTURE_SUFFIXES
 from medseg.errors import DataError
 
 

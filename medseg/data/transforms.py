@@ -20,12 +20,13 @@ from monai.transforms.compose import Compose
 from monai.transforms.transform import MapTransform
 from torch import Tensor
 
+from medseg.data.checks import check_not_constant, check_pair
 from medseg.data.intensity import RunningStatistics, normalize_
-from medseg.data.nifti import check_not_constant, check_pair
 from medseg.data.resample import resample_image, resample_label
 from medseg.data.sources import Source, name_of, read_image, read_label_map
 from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.geometry import Geometry, Volume
+from medseg.labels import Labels
 from medseg.model import Intensity, Preprocessing
 
 IMAGE, LABEL = "image", "label"
@@ -58,24 +59,33 @@ class LoadVolumed(MapTransform):
         label_key: The one of them that is a label map.
         preprocessing: Says how many channels there must be, which volume of a 4D file to take, and the
             spacing of files that state none.
+        labels: Says what SEGs and RTSTRUCTs call which label; None: numbers count.
     """
 
     def __init__(
-        self, keys: Sequence[str] = (IMAGE, LABEL), label_key: str = LABEL, *, preprocessing: Preprocessing
+        self,
+        keys: Sequence[str] = (IMAGE, LABEL),
+        label_key: str = LABEL,
+        *,
+        preprocessing: Preprocessing,
+        labels: Labels | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys=False)
         self.label_key = label_key
         self.preprocessing = preprocessing
+        self.labels = labels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         loaded = dict(data)
         is_training = self.label_key in self.keys
         volumes: dict[Hashable, Volume] = {}
+        images: Sequence[Source] = []
         for key in self.key_iterator(loaded):
             sources = loaded[key] if isinstance(loaded[key], list | tuple) else [loaded[key]]
             if key == self.label_key:
-                volumes[key] = read_label_map(sources[0], self.preprocessing)
+                volumes[key] = read_label_map(sources[0], self.preprocessing, images=images, labels=self.labels)
             else:
+                images = images or sources
                 volumes[key] = read_image(sources, self.preprocessing)
                 _check_contents(volumes[key], name_of(sources), is_training=is_training)
             loaded[key] = meta_tensor(volumes[key], name=name_of(sources))
@@ -200,17 +210,20 @@ class NormalizeIntensityVolumed(MapTransform):
         return normalized
 
 
-def preprocessing_transforms(preprocessing: Preprocessing, keys: Sequence[str] = (IMAGE, LABEL)) -> Compose:
+def preprocessing_transforms(
+    preprocessing: Preprocessing, keys: Sequence[str] = (IMAGE, LABEL), labels: Labels | None = None
+) -> Compose:
     """What brings a case's files to the network's grid and intensities.
 
     Args:
         preprocessing: All numbers resolved.
         keys: ``("image", "label")``, or ``("image",)`` for scans to predict.
+        labels: See `LoadVolumed`.
     """
     images = [key for key in keys if key != LABEL]
     return Compose(
         [
-            LoadVolumed(keys, preprocessing=preprocessing),
+            LoadVolumed(keys, preprocessing=preprocessing, labels=labels),
             StraightenVolumed(keys),
             OrientVolumed(keys, preprocessing.orientation),
             ResampleVolumed(keys, spacing_mm=preprocessing.spacing_mm),
@@ -219,20 +232,23 @@ def preprocessing_transforms(preprocessing: Preprocessing, keys: Sequence[str] =
     )
 
 
-def preprocess(images: Sequence[Source], label: Source | None, preprocessing: Preprocessing) -> Prepared:
+def preprocess(
+    images: Sequence[Source], label: Source | None, preprocessing: Preprocessing, labels: Labels | None = None
+) -> Prepared:
     """A case as the network sees it.
 
     Args:
         images: One source with all channels, or one a channel.
         label: The label map; None for a scan to predict.
         preprocessing: All numbers resolved.
+        labels: See `LoadVolumed`.
 
     Raises:
         DataError: If a file cannot be used; see the tables of `nifti` and of what it reads with.
     """
     data: dict[Hashable, Any] = {IMAGE: tuple(images)} | ({LABEL: label} if label is not None else {})
     try:
-        data = preprocessing_transforms(preprocessing, tuple(map(str, data)))(data)
+        data = preprocessing_transforms(preprocessing, tuple(map(str, data)), labels)(data)
     except RuntimeError as error:  # MONAI wraps whatever a transform raises
         if isinstance(error.__cause__, MedsegError):
             raise error.__cause__ from None
@@ -250,7 +266,7 @@ def foreground_statistics(
     cases: Iterable[tuple[Sequence[Source], Source | None]],
     preprocessing: Preprocessing,
     *,
-    ignore_label: int | None = None,
+    labels: Labels | None = None,
 ) -> tuple[tuple[float, float], ...]:
     """Mean and standard deviation of each channel's values under a label, over all cases.
 
@@ -259,7 +275,7 @@ def foreground_statistics(
     Args:
         cases: Image sources and label of each case; those without a label are passed over.
         preprocessing: How to read them; its `clip` is applied, as it is before normalization.
-        ignore_label: Label of voxels that nobody annotated.
+        labels: Says which label, if any, marks voxels that nobody annotated; else see `LoadVolumed`.
 
     Returns:
         (mean, std) for each channel.
@@ -271,11 +287,12 @@ def foreground_statistics(
     for images, label_source in cases:
         if label_source is None:
             continue
-        image, label = read_image(images, preprocessing), read_label_map(label_source, preprocessing)
+        image = read_image(images, preprocessing)
+        label = read_label_map(label_source, preprocessing, images=images, labels=labels)
         check_pair(image, label, name_of([label_source]))
         foreground = label.array[0] > 0
-        if ignore_label is not None:
-            foreground &= label.array[0] != ignore_label
+        if labels and labels.ignore_label is not None:
+            foreground &= label.array[0] != labels.ignore_label
         for channel, running in zip(image.array, statistics, strict=True):
             running.add(channel[foreground])
     if not statistics[0].count:

@@ -23,7 +23,7 @@ from medseg.data.dataset import (
     read_patch,
 )
 from medseg.data.manifest import Case
-from medseg.data.nifti import write_volume
+from medseg.data.volume_io import write_volume
 from medseg.errors import MedsegError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels

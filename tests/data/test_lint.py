@@ -18,7 +18,7 @@ from medseg.check import check
 from medseg.data.lint.rows import warnings_kept
 from medseg.data.lint.sides import SidedPair, named_pairs, sided_pairs
 from medseg.data.lint.voxels import centers_mm, count_values, digest
-from medseg.data.nifti import read_label
+from medseg.data.volume_io import read_label
 from medseg.errors import DataError, WorkflowError
 from medseg.geometry import Geometry
 

@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from medseg.data.nifti import (
-    check_label_values,
-    check_not_constant,
-    check_pair,
-    read_geometry,
-    read_label,
-    read_volume,
-    write_volume,
-)
+from medseg.data.checks import check_label_values, check_not_constant, check_pair
+from medseg.data.volume_io import read_geometry, read_label, read_volume, write_volume
 from medseg.errors import DataError, GeometryError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels

@@ -14,10 +14,10 @@ import pytest
 from scipy import ndimage
 
 from medseg.data.manifest import Manifest
-from medseg.data.nifti import read_label, read_volume
 from medseg.data.phantom import LABELS, Phantom, ct_case, make_cases, picture, scanner
 from medseg.data.phantom.atlas import ORGANS
 from medseg.data.phantom.solids import SmoothField, bent_tube, ellipsoid, trunk, tube
+from medseg.data.volume_io import read_label, read_volume
 from medseg.errors import DataError
 
 MANIFEST = Path(__file__).parents[2] / "data_manifests" / "liver.json"

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from medseg.data import picture
-from medseg.data.nifti import read_geometry, read_label, read_volume, write_volume
 from medseg.data.picture import read_mask, read_picture, write_picture
+from medseg.data.volume_io import read_geometry, read_label, read_volume, write_volume
 from medseg.errors import DataError
 from medseg.geometry import Geometry, Volume
 

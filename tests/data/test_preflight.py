@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from medseg.data.headers import MAX_BYTES
-from medseg.data.nifti import read_geometry, read_volume
 from medseg.data.preflight import read_nifti, read_nifti_header
+from medseg.data.volume_io import read_geometry, read_volume
 from medseg.errors import DataError
 
 SHAPE = (7, 6, 5)

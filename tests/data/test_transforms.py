@@ -11,7 +11,6 @@ from monai.transforms.intensity.dictionary import ScaleIntensityRanged
 from monai.transforms.spatial.array import Orientation, SpatialResample
 from monai.transforms.spatial.dictionary import Rotate90d
 
-from medseg.data.nifti import read_geometry, read_label, read_volume, write_volume
 from medseg.data.transforms import (
     LoadVolumed,
     NormalizeIntensityVolumed,
@@ -23,8 +22,10 @@ from medseg.data.transforms import (
     preprocess,
     preprocessing_transforms,
 )
+from medseg.data.volume_io import read_geometry, read_label, read_volume, write_volume
 from medseg.errors import DataError, GeometryError
 from medseg.geometry import Geometry, Volume
+from medseg.labels import Labels
 from medseg.model import Intensity, Preprocessing
 
 SHAPE = (24, 22, 16)
@@ -183,13 +184,30 @@ def test_pictures_are_prepared_in_two_dimensions() -> None:
     assert prepared.image.shape == (1, 12, 11)
 
 
-def test_channels_and_labels_on_other_grids_are_refused(tmp_path: Path) -> None:
+def test_a_label_on_another_grid_is_refused(tmp_path: Path) -> None:
     moved = LPS.copy()
     moved[0, 3] += 2
     with pytest.raises(GeometryError, match="E-PAIR-AFFINE"):
         preprocess([marked(LPS)], marked(moved), PLAIN)
-    with pytest.raises(GeometryError, match="E-PAIR-AFFINE"):
-        preprocess([marked(LPS), marked(moved)], None, Preprocessing(intensity=PLAIN.intensity * 2))
+
+
+def test_a_channel_on_another_grid_is_resampled_to_the_first_ones(caplog: pytest.LogCaptureFixture) -> None:
+    """Each voxel of a ramp along the patient's axis holds its own millimetre, on whatever grid it was sampled."""
+    fine, coarse = Geometry.from_spacing((40, 6, 6), (1, 1, 1)), Geometry.from_spacing((20, 3, 3), (2, 2, 2))
+    ramps = [
+        Volume(
+            np.broadcast_to(g.affine[0, 0] * np.arange(g.shape[0], dtype=np.float32)[:, None, None], g.shape)[None], g
+        )
+        for g in (fine, coarse)
+    ]
+    both = Preprocessing(intensity=PLAIN.intensity * 2)
+    image = preprocess(ramps, None, both).image
+    assert "W-CHANNEL-GRID" in caplog.text
+    np.testing.assert_allclose(image[1, :38, :4, :4], image[0, :38, :4, :4], atol=1e-4)
+    elsewhere = fine.affine.copy()
+    elsewhere[0, 3] = 30
+    with pytest.raises(GeometryError, match="E-CHANNEL-GRID .* covers 25% of the first"):
+        preprocess([ramps[0], Volume(ramps[0].array, Geometry(fine.shape, elsewhere))], None, both)
 
 
 def test_a_label_whose_file_rounds_otherwise_is_brought_to_the_very_grid_of_its_image(tmp_path: Path) -> None:
@@ -248,7 +266,11 @@ def test_ignored_voxels_are_no_foreground() -> None:
     label = np.zeros((1, *SHAPE), np.uint8)
     label[0, :2], label[0, 2:4] = 1, 255
     image = marked(LPS)
-    ((mean, _),) = foreground_statistics([([image], Volume(label, image.geometry))], PLAIN, ignore_label=255)
+    ((mean, _),) = foreground_statistics(
+        [([image], Volume(label, image.geometry))],
+        PLAIN,
+        labels=Labels({0: "background", 1: "organ"}, ignore_label=255),
+    )
     assert mean == pytest.approx(image.array[label == 1].mean())
 
 

@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from medseg.data.nifti import read_label, write_volume
+from medseg.data.volume_io import read_label, write_volume
 from medseg.errors import DataError, WorkflowError
 from medseg.geometry import Geometry, Volume
 from medseg.inference.predictor import Predictor

@@ -136,7 +136,7 @@ def test_the_same_case_gives_the_same_picture() -> None:
 
 @pytest.mark.real_data
 def test_a_real_scan_is_drawn_in_half_a_second_of_cpu_time(data_dir: Path) -> None:
-    from medseg.data.nifti import read_label, read_volume
+    from medseg.data.volume_io import read_label, read_volume
 
     name = "chaos_ct_03.nii.gz"
     scan = read_volume(data_dir / "liver_ct" / "imagesTr" / name).oriented("RAS")

@@ -25,11 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
+from medseg.data.checks import check_not_constant, check_pair
 from medseg.data.lint.rows import Row, WarningLog, row_of
 from medseg.data.lint.voxels import centers_mm, count_values, digest
 from medseg.data.manifest import Case
-from medseg.data.nifti import NIFTI_SUFFIXES, check_not_constant, check_pair, read_label, read_volume
 from medseg.data.preflight import read_nifti_header
+from medseg.data.volume_io import NIFTI_SUFFIXES, read_label, read_volume
 from medseg.errors import DataError, MedsegError
 from medseg.geometry import Geometry, Volume
 

@@ -22,7 +22,7 @@ from medseg.data.lint.rows import Row
 from medseg.data.lint.sides import named_pairs
 from medseg.data.lint.whole import Terms, duplicates, expected_of, folds_of, manifest_rows, same_labels
 from medseg.data.manifest import Case
-from medseg.data.nifti import read_label, write_volume
+from medseg.data.volume_io import read_label, write_volume
 from medseg.display import track
 from medseg.errors import DataError
 from medseg.files import write_atomically

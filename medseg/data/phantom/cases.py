@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from medseg.data.nifti import write_volume
 from medseg.data.phantom.atlas import ORGANS, keyed_rng
 from medseg.data.phantom.scanner import Scanner
 from medseg.data.phantom.solids import Array, ellipsoid
+from medseg.data.volume_io import write_volume
 from medseg.errors import DataError
 from medseg.files import remove_leftovers
 from medseg.geometry import Geometry, Volume

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.path import Path as MatplotlibPath
 from scipy import ndimage
 
-from medseg.data.polygons import crossing_voxels, fill
+from medseg.data.dicom.polygons import crossing_voxels, fill
 
 SHAPE = (13, 17)
 CENTRES = np.stack(np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij"), axis=-1).astype(float)

@@ -2,8 +2,8 @@
 
 Grouped by series uid, then by orientation, spacing, size, frame of reference and, where positions
 repeat, by what tells phases apart; ordered by position, never by file name or InstanceNumber.
-The modules below it hold the tables of what is refused and noted: `dicom_headers` (a file),
-`dicom_groups` (what is one volume), `dicom_grid` (where slices lie), `dicom_pixels` (voxels).
+The modules below it hold the tables of what is refused and noted: `headers` (a file),
+`groups` (what is one volume), `grid` (where slices lie), `pixels` (voxels).
 
 ===================== ==================================================================
 E-MISSING-FILE        no such file or folder
@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.data.dicom_frame import Frame
-from medseg.data.dicom_grid import Stack, fit_stack
-from medseg.data.dicom_groups import Group, group_frames
-from medseg.data.dicom_headers import is_dicom_file, read_frames
-from medseg.data.dicom_pixels import read_stack
+from medseg.data.dicom.frame import Frame
+from medseg.data.dicom.grid import Stack, fit_stack
+from medseg.data.dicom.groups import Group, group_frames
+from medseg.data.dicom.headers import is_dicom_file, read_frames
+from medseg.data.dicom.pixels import read_stack
 from medseg.data.headers import check_size
 from medseg.errors import DataError, Problems
 from medseg.geometry import Geometry, Volume
@@ -176,16 +176,14 @@ def split_series_path(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
-def read_dicom(path: Path, *, allow_missing_slices: bool = False) -> Volume:
-    """Read the one image series of a folder.
+def find_one(path: Path) -> Series:
+    """The one image series that a path means.
 
     Args:
         path: A folder with one series, ``folder#uid`` for one of several, or a file.
-        allow_missing_slices: See `read_series`.
 
     Raises:
-        DataError: If there is no series or there are several, or it cannot be read.
-        Problems: If several things hinder it.
+        DataError: If there is no series, or there are several.
     """
     folder, name = split_series_path(path)
     found = find_series(folder)
@@ -195,7 +193,21 @@ def read_dicom(path: Path, *, allow_missing_slices: bool = False) -> Volume:
     if len(chosen) > 1:
         listed = ", ".join(f"{one.path} ({one.modality}, {len(one.frames)} slices)" for one in chosen)
         raise DataError("E-DICOM-SEVERAL", f"holds {len(chosen)} image series; name one: {listed}", where=str(path))
-    return read_series(chosen[0], allow_missing_slices=allow_missing_slices)
+    return chosen[0]
+
+
+def read_dicom(path: Path, *, allow_missing_slices: bool = False) -> Volume:
+    """Read the one image series that a path means.
+
+    Args:
+        path: See `find_one`.
+        allow_missing_slices: See `read_series`.
+
+    Raises:
+        DataError: If there is no series or there are several, or it cannot be read.
+        Problems: If several things hinder it.
+    """
+    return read_series(find_one(path), allow_missing_slices=allow_missing_slices)
 
 
 def read_series(series: Series, *, allow_missing_slices: bool = False) -> Volume:

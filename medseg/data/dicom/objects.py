@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg.data.dicom_values import tolerant
-from medseg.data.painting import Kind
+from medseg.data.dicom.painting import Kind
+from medseg.data.dicom.values import tolerant
 from medseg.errors import DataError, MedsegError
 
 if TYPE_CHECKING:

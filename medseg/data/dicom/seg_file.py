@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.data.dicom_object import MAX_COORDINATE_MM, decoding, open_object
-from medseg.data.painting import Mask
+from medseg.data.dicom.objects import MAX_COORDINATE_MM, decoding, open_object
+from medseg.data.dicom.painting import Mask
 from medseg.errors import DataError, WorkflowError
 
 if TYPE_CHECKING:

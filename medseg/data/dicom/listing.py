@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from medseg.data.dicom import Series, Skipped, find_series
+from medseg.data.dicom.folder import Series, Skipped, find_series
 from medseg.errors import DataError
 
 Row = dict[str, Any]

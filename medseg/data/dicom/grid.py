@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medseg.data.dicom_frame import Frame, Place
+from medseg.data.dicom.frame import Frame, Place
 from medseg.data.headers import SPACING_RANGE_MM
 from medseg.errors import DataError, GeometryError
 from medseg.geometry import Array, Geometry

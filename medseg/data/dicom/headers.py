@@ -21,9 +21,9 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
-from medseg.data.dicom_bytes import can_decode, missing_pixels
-from medseg.data.dicom_frame import PHASES, Frame, Place
-from medseg.data.dicom_values import number_of, numbers_of, text_of, tolerant, transfer_syntax
+from medseg.data.dicom.frame import PHASES, Frame, Place
+from medseg.data.dicom.syntaxes import can_decode, missing_pixels
+from medseg.data.dicom.values import number_of, numbers_of, text_of, tolerant, transfer_syntax
 from medseg.errors import DataError
 
 _SIEMENS_BLOCK = Tag(0x00190010)  # who owns the private elements

@@ -8,7 +8,7 @@ import pydicom
 import pytest
 from PIL import Image
 
-from medseg.data.picture_masks import read_mask_stack
+from medseg.data.dicom.mask_stack import read_mask_stack
 from medseg.errors import DataError
 from medseg.geometry import Geometry
 

@@ -21,9 +21,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from medseg.data.dicom import find_series, read_dicom, read_series
-from medseg.data.dicom_headers import read_frames
-from medseg.data.dicom_pixels import read_frame, read_stack
+from medseg.data.dicom.folder import find_series, read_dicom, read_series
+from medseg.data.dicom.headers import read_frames
+from medseg.data.dicom.pixels import read_frame, read_stack
 from medseg.errors import DataError
 
 Write = Callable[..., Path]

@@ -15,7 +15,7 @@ from pydicom.sr.codedict import codes
 from pydicom.tag import Tag
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from medseg.data.dicom_seg import read_seg, read_segments, segments_of
+from medseg.data.dicom.seg import read_seg, read_segments, segments_of
 from medseg.errors import DataError, GeometryError, WorkflowError
 from medseg.geometry import Geometry, Volume
 

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 from pydicom.uid import MediaStorageDirectoryStorage, SegmentationStorage, generate_uid
 
-from medseg.data.dicom import Series, find_series, is_dicom, read_dicom, read_series, split_series_path
+from medseg.data.dicom.folder import Series, find_series, is_dicom, read_dicom, read_series, split_series_path
 from medseg.data.transforms import StraightenVolumed, geometry_of, meta_tensor
 from medseg.errors import DataError, MedsegError
 from medseg.geometry import Volume

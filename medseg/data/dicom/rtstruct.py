@@ -29,9 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.data.contours import Contour, StructureSet
-from medseg.data.painting import Mask, Piece, indices_of, masks_of, paint, plane_distances_mm, values_of
-from medseg.data.polygons import crossing_voxels, fill
+from medseg.data.dicom.contours import Contour, StructureSet
+from medseg.data.dicom.painting import Mask, Piece, indices_of, masks_of, paint, plane_distances_mm, values_of
+from medseg.data.dicom.polygons import crossing_voxels, fill
 from medseg.errors import GeometryError
 from medseg.geometry import Array, Geometry, Volume
 

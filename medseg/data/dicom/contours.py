@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medseg.data.dicom_object import MAX_COORDINATE_MM, decoding, open_object
+from medseg.data.dicom.objects import MAX_COORDINATE_MM, decoding, open_object
 from medseg.errors import DataError
 from medseg.geometry import Array
 

@@ -28,9 +28,9 @@ from pydicom.pixels.processing import apply_modality_lut
 from pydicom.tag import Tag
 from pydicom.uid import UID, RLELossless, SecondaryCaptureImageStorage, generate_uid
 
-from medseg.data.dicom_bytes import BY_GDCM, BY_PYDICOM, END_OF_IMAGE
-from medseg.data.dicom_frame import Frame
-from medseg.data.dicom_values import tolerant, transfer_syntax
+from medseg.data.dicom.frame import Frame
+from medseg.data.dicom.syntaxes import BY_GDCM, BY_PYDICOM, END_OF_IMAGE
+from medseg.data.dicom.values import tolerant, transfer_syntax
 from medseg.errors import DataError
 
 Pixels = npt.NDArray[Any]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medseg.data.painting import Piece, indices_of, masks_of, paint, plane_distances_mm, values_of
+from medseg.data.dicom.painting import Piece, indices_of, masks_of, paint, plane_distances_mm, values_of
 from medseg.errors import DataError
 from medseg.geometry import Geometry
 

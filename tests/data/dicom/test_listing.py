@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from medseg.data.dicom_headers import is_dicom_file
-from medseg.data.dicom_listing import list_folder, listing
+from medseg.data.dicom.headers import is_dicom_file
+from medseg.data.dicom.listing import list_folder, listing
 from medseg.errors import DataError
 
 Write = Callable[..., Path]

@@ -13,7 +13,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 from pydicom.uid import CTImageStorage, ImplicitVRLittleEndian, generate_uid
 
-from medseg.data.rtstruct import read_rois, read_rtstruct, rois_of
+from medseg.data.dicom.rtstruct import read_rois, read_rtstruct, rois_of
 from medseg.errors import DataError, GeometryError
 from medseg.geometry import Geometry
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medseg.data.painting import Mask, Piece, indices_of
+from medseg.data.dicom.painting import Mask, Piece, indices_of
 from medseg.geometry import Array, Geometry
 
 GRID_TOLERANCE = 0.1

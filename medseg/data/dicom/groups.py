@@ -17,9 +17,9 @@ from itertools import combinations
 
 import numpy as np
 
-from medseg.data.dicom_frame import PHASES, Frame
-from medseg.data.dicom_grid import SAME_POSITION_MM, along_normal
-from medseg.data.dicom_pixels import read_frame
+from medseg.data.dicom.frame import PHASES, Frame
+from medseg.data.dicom.grid import SAME_POSITION_MM, along_normal
+from medseg.data.dicom.pixels import read_frame
 from medseg.errors import DataError, MedsegError
 
 DIRECTION_TOLERANCE = 1e-3

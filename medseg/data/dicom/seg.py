@@ -25,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.data.painting import Mask, Piece, masks_of, paint, plane_distances_mm, values_of
-from medseg.data.plane_placement import Place, place_plane
-from medseg.data.seg_file import Plane, Seg
+from medseg.data.dicom.painting import Mask, Piece, masks_of, paint, plane_distances_mm, values_of
+from medseg.data.dicom.plane_placement import Place, place_plane
+from medseg.data.dicom.seg_file import Plane, Seg
 from medseg.errors import DataError, GeometryError
 from medseg.geometry import Geometry, Volume
 
