@@ -124,20 +124,15 @@ def _series_cases(folder: Path) -> list[Case]:
     """
     from medseg.data.dicom.folder import find_series  # pydicom takes a while to import
 
-    found = [(_home(series.files), series) for series in find_series(folder).series]
-    shared = Counter(home for home, _ in found)
+    found = find_series(folder).series
+    shared = Counter(series.home for series in found)
     cases = []
-    for home, series in found:
-        names = home.relative_to(folder).parts or (folder.resolve().name,)
-        if shared[home] > 1:
+    for series in found:
+        names = series.home.relative_to(folder).parts or (folder.resolve().name,)
+        if shared[series.home] > 1:
             names = (*names, series.modality, hashlib.sha256(series.name.encode()).hexdigest()[:8])
-        cases.append(_file_case(Path(f"{home}#{series.name}"), "_".join(names)))
+        cases.append(_file_case(series.path, "_".join(names)))
     return cases
-
-
-def _home(files: Sequence[Path]) -> Path:
-    """The folder that holds all of them."""
-    return Path(os.path.commonpath([file.parent for file in files]))
 
 
 def _scans(folder: Path) -> Iterator[Path]:

@@ -206,7 +206,7 @@ def test_a_channel_on_another_grid_is_resampled_to_the_first_ones(caplog: pytest
     np.testing.assert_allclose(image[1, :38, :4, :4], image[0, :38, :4, :4], atol=1e-4)
     elsewhere = fine.affine.copy()
     elsewhere[0, 3] = 30
-    with pytest.raises(GeometryError, match="E-CHANNEL-GRID .* covers 25% of the first"):
+    with pytest.raises(GeometryError, match=r"E-CHANNEL-GRID .* covers 25% of the first"):
         preprocess([ramps[0], Volume(ramps[0].array, Geometry(fine.shape, elsewhere))], None, both)
 
 

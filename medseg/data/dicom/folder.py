@@ -86,9 +86,14 @@ class Series:
         return (self.uid or WITHOUT_UID) + (f"-{self.part}" if self.part else "")
 
     @property
+    def home(self) -> Path:
+        """The folder that holds its files."""
+        return Path(os.path.commonpath([file.parent for file in self.files]))
+
+    @property
     def path(self) -> Path:
         """What names this series alone: ``folder#uid``."""
-        return Path(f"{self.source}#{self.name}")
+        return Path(f"{self.home}#{self.name}")
 
     @property
     def geometry(self) -> Geometry:
@@ -180,7 +185,8 @@ def find_one(path: Path) -> Series:
     """The one image series that a path means.
 
     Args:
-        path: A folder with one series, ``folder#uid`` for one of several, or a file.
+        path: A folder with one series, ``folder#uid`` for one of several, of which the end of the uid is
+            enough, or a file.
 
     Raises:
         DataError: If there is no series, or there are several.
@@ -188,6 +194,7 @@ def find_one(path: Path) -> Series:
     folder, name = split_series_path(path)
     found = find_series(folder)
     chosen = [one for one in found.series if name in (None, one.uid or WITHOUT_UID, one.name)]
+    chosen = chosen or [one for one in found.series if name and one.name.endswith(name)]
     if not chosen:
         raise DataError("E-DICOM-NO-SERIES", _why_none(found, name), where=str(path))
     if len(chosen) > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from rich.text import Text
 from medseg.data.dicom.folder import Series, Skipped, find_series
 from medseg.errors import DataError
 
+UID_END = 8
+"""Characters of a uid that tell the series of a folder apart."""
+
 Row = dict[str, Any]
 
 
@@ -24,7 +28,7 @@ def list_folder(folder: Path) -> list[Row]:
         folder: Searched recursively; also a single file.
 
     Returns:
-        First the series: ``kind ("series"), series, path, modality, size, spacing_mm, num_files, tilt_deg,
+        First the series: ``kind ("series"), series, path, folder, modality, size, spacing_mm, num_files, tilt_deg,
         problems, notes``; `path` is what other commands take, `problems` is empty if it can be read, `size`
         and `spacing_mm` are None if it has no grid. Then the files left out: ``kind ("skipped"), path, reason``.
 
@@ -32,7 +36,8 @@ def list_folder(folder: Path) -> list[Row]:
         DataError: If it does not exist.
     """
     found = find_series(folder)
-    return [*map(_series_row, found.series), *map(_skipped_row, found.skipped)]
+    series = sorted(found.series, key=lambda one: (one.home, one.uid, one.part))
+    return [*map(_series_row, series), *map(_skipped_row, found.skipped)]
 
 
 def listing(rows: Sequence[Row]) -> RenderableType:
@@ -42,7 +47,12 @@ def listing(rows: Sequence[Row]) -> RenderableType:
     for row in rows:
         if row["kind"] == "skipped":
             skipped[row["reason"]].append(row["path"])
-    parts: list[RenderableType] = [_series_table(series)] if series else [Text("no image series", style="yellow")]
+    parts: list[RenderableType] = []
+    if series:
+        top = os.path.commonpath([row["folder"] for row in series])
+        parts += [Text(top, no_wrap=True, overflow="ignore"), _series_table(series, top)]
+    else:
+        parts.append(Text("no image series", style="yellow"))
     for number, row in enumerate(series, 1):
         parts += [Text(f"{number}: {text}", style="red") for text in row["problems"]]
         parts += [Text(f"{number}: {text}", style="yellow") for text in row["notes"]]
@@ -57,6 +67,7 @@ def _series_row(series: Series) -> Row:
         "kind": "series",
         "series": series.name,
         "path": str(series.path),
+        "folder": str(series.home),
         "modality": series.modality,
         "size": list(grid.shape) if grid else None,
         "spacing_mm": [round(spacing, 4) for spacing in grid.spacing_mm] if grid else None,
@@ -77,13 +88,16 @@ def _skipped_row(skipped: Skipped) -> Row:
     return {"kind": "skipped", "path": str(skipped.path), "reason": skipped.reason}
 
 
-def _series_table(rows: Sequence[Row]) -> Table:
-    series = Column("series", overflow="fold")  # to be copied whole
-    table = Table("#", series, "modality", "size", "spacing mm", "files", "state", box=None, pad_edge=False)
+def _series_table(rows: Sequence[Row], top: str) -> Table:
+    """A series is told by its folder, and where it shares that with others, by the end of its uid."""
+    shared = Counter(row["folder"] for row in rows)
+    where = Column("folder", overflow="fold")  # to be copied whole
+    table = Table("#", where, "modality", "size", "spacing mm", "files", "state", box=None, pad_edge=False)
     for number, row in enumerate(rows, 1):
+        folder = os.path.relpath(row["folder"], top)
         table.add_row(
             str(number),
-            row["series"],
+            folder if shared[row["folder"]] == 1 else f"{folder}#{row['series'][-UID_END:]}",
             row["modality"],
             " × ".join(map(str, row["size"])) if row["size"] else "?",
             " × ".join(f"{spacing:.4g}" for spacing in row["spacing_mm"]) if row["spacing_mm"] else "?",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from medseg.data.dicom.folder import find_one
 from medseg.data.dicom.headers import is_dicom_file
 from medseg.data.dicom.listing import list_folder, listing
 from medseg.errors import DataError
@@ -31,10 +32,11 @@ def test_rows_tell_series_then_what_was_left_out(tmp_path: Path, write_slice: Wr
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("notes")
     rows = list_folder(tmp_path)
-    assert rows[0] == {
+    assert rows[2] == {
         "kind": "series",
         "series": "1.2.3",
-        "path": f"{tmp_path}#1.2.3",
+        "path": f"{tmp_path / 'whole'}#1.2.3",
+        "folder": str(tmp_path / "whole"),
         "modality": "MR",
         "size": [4, 3, 3],
         "spacing_mm": [0.75, 0.5, 2.0],
@@ -45,8 +47,8 @@ def test_rows_tell_series_then_what_was_left_out(tmp_path: Path, write_slice: Wr
     }
     assert rows[1]["problems"][0].startswith("E-DICOM-MISSING-SLICE 1 of 4 slices missing")
     assert rows[1]["size"] == [4, 3, 4]
-    assert (rows[2]["size"], rows[2]["spacing_mm"]) == (None, None)
-    assert rows[2]["problems"][0].startswith("E-DICOM-GEOMETRY nowhere: ")
+    assert (rows[0]["size"], rows[0]["spacing_mm"]) == (None, None)
+    assert rows[0]["problems"][0].startswith("E-DICOM-GEOMETRY nowhere: ")
     assert rows[3] == {"kind": "skipped", "path": str(tmp_path / "a.txt"), "reason": "not DICOM"}
     assert len(rows) == 5
     json.dumps(rows)
@@ -60,18 +62,24 @@ def test_a_person_sees_one_line_a_series_and_one_a_reason(tmp_path: Path, write_
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text("notes")
     lines = rendered(list_folder(tmp_path)).splitlines()
-    assert lines[1].split() == ["1", "1.2.3", "MR", "4", "×", "3", "×", "3", "0.75", "×", "0.5", "×", "2", "3", "ok"]
+    assert lines[0] == str(tmp_path)
+    assert lines[3].split() == ["2", "whole", "MR", "4", "×", "3", "×", "3", "0.75", "×", "0.5", "×", "2", "3", "ok"]
     assert lines[2].endswith("cannot be read")
-    assert lines[3].startswith("2: E-DICOM-MISSING-SLICE")
+    assert lines[4].startswith("1: E-DICOM-MISSING-SLICE")
     assert next(line for line in lines if "not DICOM" in line).split()[:3] == ["not", "DICOM", "30"]
-    assert len(lines) <= 8
+    assert len(lines) <= 9
 
 
-def test_long_uids_stay_whole_on_a_narrow_terminal(tmp_path: Path, write_slice: Write) -> None:
-    uid = "1.2.826.0.1.3680043.9.4245.3115138630835728997848661150714813892"
-    write_slice("a", 0, SeriesInstanceUID=uid)
-    lines = rendered(list_folder(tmp_path), width=60).splitlines()
-    assert uid == "".join(line[3:].split()[0] for line in lines[1:] if line[3:].strip())[: len(uid)]
+def test_series_that_share_a_folder_are_told_by_the_end_of_their_uid_which_is_enough_to_read_one(
+    tmp_path: Path, write_slice: Write
+) -> None:
+    for last in "12":
+        write_slice(last, 0, SeriesInstanceUID=f"1.2.826.0.1.3680043.9.4245.31151386308357289978486611507148{last}")
+    assert [line.split()[1] for line in rendered(list_folder(tmp_path)).splitlines()[2:4]] == [
+        ".#15071481",
+        ".#15071482",
+    ]
+    assert find_one(Path(f"{tmp_path}#15071482")).uid.endswith("82")
 
 
 def test_an_empty_folder_says_so_and_an_absent_one_is_refused(tmp_path: Path) -> None:
