@@ -127,7 +127,7 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, folders, or a manifest.")],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the segmentations.")],
-    format: Annotated[Literal["nii.gz", "nrrd", "mha"], typer.Option(help="File format.")] = "nii.gz",
+    format: Annotated[Literal["nii.gz", "nrrd", "mha", "png"], typer.Option(help="File format.")] = "nii.gz",
     split: Annotated[str | None, typer.Option(help="Part of a manifest, e.g. test.")] = None,
     overlap: Annotated[
         float | None, typer.Option(help="Share of a window the next one covers.  [default: the model's]")

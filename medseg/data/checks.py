@@ -51,13 +51,16 @@ def check_pair(image: Volume, label: Volume, where: str) -> None:
 
 
 def check_not_constant(image: Volume, where: str) -> None:
-    """Refuse an image with a channel that shows nothing.
+    """Refuse a scan with a channel that shows nothing, and a picture that shows nothing in any of its colors.
 
     Raises:
-        DataError: If all voxels of a channel are equal.
+        DataError: If all voxels of a channel, or of all channels of a picture, are equal.
     """
+    constant = [bool(channel.min() == channel.max()) for channel in image.array]
+    if image.geometry.spatial_dims == 2 and not all(constant):  # stains and fluorescence leave colors out
+        return
     for number, channel in enumerate(image.array):
-        if channel.min() == channel.max():
+        if constant[number]:
             raise DataError(
                 "E-CONSTANT",
                 f"every voxel of channel {number} is {channel.flat[0]:g}; export the scan again or remove the case",
