@@ -67,7 +67,10 @@ def test_every_series_of_a_folder_is_a_case_of_its_own(home, data_dir):
     found = list_scans(data_dir / "dicom_sarcoma" / "STS_008")["rows"]
     series = [row for row in found if row["kind"] == "series"]
     assert sorted(row["modality"] for row in series) == ["CT", "MR", "PT"]
-    assert {row["reason"] for row in found if row["kind"] == "skipped"} == {"no scan: RT Structure Set Storage", "not DICOM"}
+    assert {row["reason"] for row in found if row["kind"] == "skipped"} == {
+        "no scan: RT Structure Set Storage",
+        "not DICOM",
+    }
 
 
 def test_an_rtstruct_is_converted_on_the_grid_of_its_series(home, data_dir):
