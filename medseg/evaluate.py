@@ -27,6 +27,8 @@ from medseg.model import load_spec
 TABLE = "per_case.csv"
 
 Result = dict[str, Any]
+Drawn = tuple[Path, Path | None]
+"""A label map, and the scan that it was drawn on, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Pair:
         case: Their id.
         prediction: Label map to score.
         reference: Label map that an expert drew.
+        image: The scan that it was drawn on, where that is known.
     """
 
     case: str
     prediction: Path
     reference: Path
+    image: Path | None = None
 
 
 def evaluate(
@@ -79,7 +83,7 @@ def evaluate(
     expected, manifest = _references(references, split)
     predicted = _predictions(predictions)
     if predictions.is_file() and references.is_file() and not manifest:  # they need no common name
-        pairs = [Pair(*predicted.popitem(), *expected.values())]
+        pairs = [Pair(*predicted.popitem(), *drawn) for drawn in expected.values()]
         unmatched: dict[str, list[str]] = {"predictions": [], "references": []}
     else:
         pairs, unmatched = _matched(predicted, expected, references)
@@ -109,23 +113,23 @@ def _predictions(path: Path) -> dict[str, Path]:
     return {case.id: case.images[0] for case in cases if not case.id.endswith(PROBABILITIES)}
 
 
-def _references(path: Path, split: str | None) -> tuple[dict[str, Path], Manifest | None]:
-    """Label map of each case, and the manifest they come from."""
+def _references(path: Path, split: str | None) -> tuple[dict[str, Drawn], Manifest | None]:
+    """Label map of each case with its scan, and the manifest they come from."""
     if path.suffix != MANIFEST_SUFFIX:
         cases = find_cases([path], split=split)
         check_unique(cases)
-        return {case.id: case.images[0] for case in cases}, None
+        return {case.id: (case.images[0], None) for case in cases}, None
     manifest = Manifest.load(path)
     parts = [split] if split else [name for name in ("training", "test") if getattr(manifest, name)]
-    labels = {case.id: case.label for part in parts for case in manifest_cases(manifest, part) if case.label}
-    return labels, manifest
+    cases = [case for part in parts for case in manifest_cases(manifest, part)]
+    return {case.id: (case.label, case.images[0]) for case in cases if case.label}, manifest
 
 
 def _matched(
-    predicted: Mapping[str, Path], references: Mapping[str, Path], where: Path
+    predicted: Mapping[str, Path], references: Mapping[str, Drawn], where: Path
 ) -> tuple[list[Pair], dict[str, list[str]]]:
     """What has a counterpart, and what has none."""
-    pairs = [Pair(name, predicted[name], references[name]) for name in references if name in predicted]
+    pairs = [Pair(name, predicted[name], *references[name]) for name in references if name in predicted]
     unmatched = {
         "predictions": [name for name in predicted if name not in references],
         "references": [name for name in references if name not in predicted],
@@ -179,7 +183,8 @@ def _score(
     problems: list[MedsegError] = []
     for pair in track(pairs, "scoring"):
         try:
-            reference, prediction = read_label(pair.reference), read_label(pair.prediction)
+            reference = read_label(pair.reference, image=pair.image, labels=labels)
+            prediction = read_label(pair.prediction)
             if labels:
                 check_label_values(reference.array, labels, str(pair.reference))
                 check_label_values(prediction.array, labels, str(pair.prediction))

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from medseg.check import check
 from medseg.data.volume_io import read_label, read_volume
 from medseg.data_tools import convert, list_scans
 from medseg.errors import DataError
+from medseg.evaluate import evaluate
 from medseg.predict import predict
 from medseg.train import train
 
@@ -61,6 +63,10 @@ def test_training_and_prediction_take_dicom_folders(home, data_dir):
     assert done["case"] == "DICOM_anon"
     written, scan = read_label(Path(done["output"])), read_volume(liver / "DICOM_anon")
     assert written.geometry.matches(scan.geometry, tolerance=1e-4)
+    predict(run, [Path("dataset.json")], split="fold_0", output=Path("held_out"))
+    assert evaluate(Path("held_out"), Path("dataset.json"))["cases"] == 1
+    found = check(Path("dataset.json"))
+    assert (found["checked"], found["errors"]) == (2, 0), found["rows"]
 
 
 def test_every_series_of_a_folder_is_a_case_of_its_own(home, data_dir):

@@ -34,7 +34,7 @@ from medseg.geometry import Geometry
 from medseg.labels import Labels
 from medseg.model import Preprocessing
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 VOXELS_PER_CLASS = 10_000
 """Enough for a patch centre anywhere in an organ, few enough to read in a millisecond."""
 

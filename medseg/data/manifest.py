@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from medseg.data.volume_io import is_there
 from medseg.errors import DataError, MedsegError, Problems
 from medseg.labels import Labels
 from medseg.registry import did_you_mean
@@ -135,7 +136,7 @@ class Manifest:
         problems: list[MedsegError] = []
         for case in (*self.training, *self.test):
             for file in case.files:
-                if not _is_there(file):
+                if not is_there(file):
                     problems.append(
                         DataError(
                             "E-MISSING-FILE", f"{file} does not exist; check root and paths", where=f"case {case.id}"
@@ -303,14 +304,6 @@ def _warn_of_typos(data: Mapping[str, Any], path: Path) -> None:
         close = get_close_matches(key, [known for known in KEYS if known not in data], n=1, cutoff=0.75)
         if close:
             log.warning("W-MANIFEST-KEY %s: %r is ignored; did you mean %r?", path, key, close[0])
-
-
-def _is_there(path: Path) -> bool:
-    if path.exists():
-        return True
-    from medseg.data.dicom.folder import split_series_path  # pydicom takes a while to import, and few manifests need it
-
-    return split_series_path(path)[0].exists()
 
 
 def _root(data: Mapping[str, Any], path: Path) -> Path:

@@ -17,6 +17,7 @@ W-NOT-FINITE          a few voxels NaN or infinite, set to the lowest value of t
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def is_drawn(path: Path) -> bool:
 
 def is_there(path: Path) -> bool:
     """Whether what a path means exists."""
-    if path.exists():
+    if os.path.exists(path):  # False, too, where its folder may not be entered
         return True
     from medseg.data.dicom.folder import split_series_path
 

@@ -17,7 +17,6 @@ W-HU                  a CT whose values are no Hounsfield units
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,9 +29,10 @@ from medseg.data.lint.rows import Row, WarningLog, row_of
 from medseg.data.lint.voxels import centers_mm, count_values, digest
 from medseg.data.manifest import Case
 from medseg.data.preflight import read_nifti_header
-from medseg.data.volume_io import NIFTI_SUFFIXES, read_label, read_volume
+from medseg.data.volume_io import NIFTI_SUFFIXES, is_there, read_label, read_volume
 from medseg.errors import DataError, MedsegError
 from medseg.geometry import Geometry, Volume
+from medseg.labels import Labels
 
 HU_RANGE = (-9000.0, 32000.0)
 """CT values beyond are a wrong slope or a wrong sign; scanners pad with -1024 to -8192 and metal ends at 30,000."""
@@ -52,6 +52,7 @@ class Expected:
         select_volume: Which volume of a 4D file is the image.
         assume_spacing_mm: For files that state no spacing.
         sided: Label values whose centers are wanted, to tell left from right.
+        labels: Says what SEGs and RTSTRUCTs call which label.
     """
 
     values: frozenset[int] | None = None
@@ -60,6 +61,7 @@ class Expected:
     select_volume: int | None = None
     assume_spacing_mm: tuple[float, ...] | None = None
     sided: frozenset[int] = frozenset()
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +186,8 @@ def _image(case: Case, file: Path, rows: list[Row], expected: Expected, *, is_tr
 def _label(case: Case, file: Path, rows: list[Row], expected: Expected) -> LabelFacts | None:
     with _noted(case, file, rows):
         _check_exists(file)
-        volume = read_label(file, assume_spacing_mm=expected.assume_spacing_mm)
+        assumed = expected.assume_spacing_mm
+        volume = read_label(file, image=case.images[0], labels=expected.labels, assume_spacing_mm=assumed)
         array = volume.array[0]
         facts = LabelFacts(
             volume.geometry,
@@ -240,7 +243,7 @@ def _noted(case: Case, file: Path, rows: list[Row]) -> Iterator[None]:
 
 
 def _check_exists(file: Path) -> None:
-    if not os.path.exists(file):  # False, too, where its folder may not be entered
+    if not is_there(file):
         raise DataError("E-MISSING-FILE", "does not exist; check root and paths")
 
 

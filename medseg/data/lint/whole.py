@@ -87,6 +87,7 @@ def expected_of(
         select_volume=select_volume,
         assume_spacing_mm=tuple(assume_spacing_mm) if assume_spacing_mm else None,
         sided=frozenset(sided),
+        labels=draft.manifest.labels,
     )
 
 
