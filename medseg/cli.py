@@ -121,9 +121,7 @@ def train(
 
 @app.command()
 def predict(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Run folder, model folder, MLflow run id, or models:/NAME@ALIAS.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, model folder, or MLflow run id.")],
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, folders, or a manifest.")],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the segmentations.")],
@@ -135,7 +133,7 @@ def predict(
     tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write the probabilities too.")] = False,
     device: Device = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read and write.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that read scans ahead.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what an earlier call finished.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what stands in the output folder.")] = False,
     dry_run: DryRun = False,

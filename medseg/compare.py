@@ -64,11 +64,12 @@ def compare(
         metric: A column of their tables.
         tracking_uri: Where to look for run ids; None: $MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db``.
         output: Folder for ``comparison.csv`` (a row per run and organ) and ``pairs.csv`` (a row per case).
-        fail_if_worse: Raise if a run's mean over the organs is worse than the first's.
+        fail_if_worse: Raise if a run's mean over the organs is worse than the first's, or cases are missing.
 
     Returns:
         ``metric, baseline, comparisons``: for each other run ``run, organs {organ: {n, baseline, run, difference,
-        wins, ties, losses, n_unscored}}, mean_difference, worse, unpaired {baseline, run}``. ``n_unscored`` counts
+        wins, ties, losses, n_unscored}}, mean_difference, worse, lost, unpaired {baseline, run}``; ``lost`` lists the
+        organs that the first run has of a case and the other lacks, which makes it worse. ``n_unscored`` counts
         pairs of which only one has a value, as when an organ was missed and has no surface distance.
 
     Raises:
@@ -89,9 +90,12 @@ def compare(
         output.mkdir(parents=True, exist_ok=True)
         _write(output / "comparison.csv", _summary_rows(result))
         _write(output / "pairs.csv", _pair_rows([baseline, *others]))
-    worse = [c["run"] for c in result["comparisons"] if c["worse"]]
+    worse = [c["run"] for c in result["comparisons"] if c["worse"] or c["unpaired"]["baseline"]]
     if fail_if_worse and worse:
-        raise DataError("E-COMPARE-WORSE", f"mean {metric} is worse than that of {baseline.name}: {', '.join(worse)}")
+        raise DataError(
+            "E-COMPARE-WORSE",
+            f"mean {metric} is worse than that of {baseline.name}, or cases are missing: {', '.join(worse)}",
+        )
     return result
 
 
@@ -116,8 +120,11 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
         table.add_row(comparison["run"], "mean", "", "", "", f"{comparison['mean_difference']:+.3f}", "")
         table.add_section()
     unpaired = sorted({case for c in result["comparisons"] for cases in c["unpaired"].values() for case in cases})
+    lost = [f"{organ} of {case}" for c in result["comparisons"] for case, organ in c["lost"]]
+    captions = [f"not in a later run, though the case is: {_named(lost)}"] if lost else []
     if unpaired:
-        table.caption = f"left out, as only one of two runs has them: {_named(unpaired)}"
+        captions.append(f"left out, as only one of two runs has them: {_named(unpaired)}")
+    table.caption = "\n".join(captions) or None
     return table
 
 
@@ -165,13 +172,15 @@ def _comparison(baseline: RunTable, other: RunTable, sign: int) -> Result:
     for organ in dict.fromkeys(organ for _, organ in keys):
         pairs = np.array([(baseline.values[key], other.values[key]) for key in keys if key[1] == organ])
         organs[organ] = _organ(pairs, sign)
+    lost = sorted(key for key in baseline.values if key not in other.values and key[0] in other.cases)
     differences = [found["difference"] for found in organs.values() if found["n"]]
     mean = float(np.mean(differences)) if differences else math.nan
     return {
         "run": other.name,
         "organs": organs,
         "mean_difference": mean,
-        "worse": sign * mean < -TIE,
+        "worse": bool(lost) or math.isnan(mean) or sign * mean < -TIE,
+        "lost": [list(key) for key in lost],
         "unpaired": {
             "baseline": sorted(baseline.cases - other.cases),
             "run": sorted(other.cases - baseline.cases),

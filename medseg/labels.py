@@ -13,6 +13,10 @@ if TYPE_CHECKING:  # a manifest is read in milliseconds; torch takes a second an
     from torch import Tensor
 
 
+MAX_LABEL = 32_767
+"""Largest label value: label maps are uint8 or int16."""
+
+
 @dataclass(frozen=True)
 class Labels:
     """The label map of a data set.
@@ -51,6 +55,8 @@ class Labels:
             raise DataError(
                 "E-LABELS", f"ignore_label {self.ignore_label} is also the label {self.names[self.ignore_label]!r}"
             )
+        if self.ignore_label is not None and not 0 < self.ignore_label <= MAX_LABEL:
+            raise DataError("E-LABELS", f"ignore_label {self.ignore_label}; it must be from 1 to {MAX_LABEL}")
         used = [v for united in self.regions.values() for v in united]
         used += [*self.region_order, *[v for pair in self.pairs for v in pair], *self.structures.values()]
         unknown = sorted({v for v in used if v not in self.names})
@@ -65,6 +71,11 @@ class Labels:
                 f"region_order {list(self.region_order)} must give one label value for each of the regions "
                 f"{list(self.regions)}, the last written on top",
             )
+        for value, (name, united) in zip(self.region_order, self.regions.items(), strict=False):
+            if value not in united:
+                raise DataError(
+                    "E-LABELS", f"region_order gives {value} for region {name!r}, which unites {list(united)}"
+                )
 
     @property
     def organs(self) -> tuple[str, ...]:
@@ -136,12 +147,14 @@ class Labels:
                 names[int(key)] = value
             else:
                 names[int(value)] = str(key)
+        ignored = next((value for value, name in names.items() if name == "ignore"), None)  # as nnU-Net says it
+        names = {value: name for value, name in names.items() if name != "ignore"}
         regions = {name: _values(values) for name, values in (data.get("regions") or {}).items()}
         return cls(
             names=names,
             regions=regions,
-            region_order=tuple(data.get("region_order") or (values[-1] for values in regions.values())),
-            ignore_label=data.get("ignore_label"),
+            region_order=tuple(data.get("region_order") or _own_values(regions)),
+            ignore_label=ignored if ignored is not None else data.get("ignore_label"),
             pairs=tuple((int(left), int(right)) for left, right in data.get("pairs") or ()),
             structures={str(name): int(value) for name, value in (data.get("structures") or {}).items()},
         )
@@ -157,6 +170,20 @@ def _argmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
         torch.maximum(label, (logits[:, value] > best).to(dtype) * value, out=label)
         torch.maximum(best, logits[:, value], out=best)
     return label
+
+
+def _own_values(regions: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """For each region a label value that no later region unites: what remains of it in a label map."""
+    order = []
+    united = list(regions.items())
+    for n, (name, values) in enumerate(united):
+        own = [value for value in values if not any(value in later for _, later in united[n + 1 :])]
+        if not own:
+            raise DataError(
+                "E-LABELS", f"region {name!r} lies within later ones; list larger regions first, or give region_order"
+            )
+        order.append(own[-1])
+    return order
 
 
 def _values(values: int | Sequence[int]) -> tuple[int, ...]:

@@ -27,6 +27,8 @@ SOME_CASES_FAILED = 3
 INTERNAL_ERROR = 4
 INTERRUPTED = 130
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class OneMessage(TyperGroup):
     """Runs a command so that a fault ends in one message on stderr and the exit code that belongs to it."""
@@ -47,12 +49,13 @@ class OneMessage(TyperGroup):
             _fail("interrupted", INTERRUPTED, debug=ctx.params["debug"])
         except MedsegError as error:
             _fail(str(error), error.exit_code, debug=ctx.params["debug"])
-        except OSError as error:
-            if not error.filename:
-                raise
-            code = INTERNAL_ERROR if error.errno == errno.ENOSPC else REFUSED
-            _fail(f"E-FILE {error.filename}: {error.strerror}", code, debug=ctx.params["debug"])
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                place = f" {error.filename}" if error.filename else ""
+                message = f"E-DISK{place}: {error.strerror}; make room, then go on where this ended"
+                _fail(message, INTERNAL_ERROR, debug=ctx.params["debug"])
+            if isinstance(error, OSError) and error.filename:
+                _fail(f"E-FILE {error.filename}: {error.strerror}", REFUSED, debug=ctx.params["debug"])
             found = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
             message = f"internal error: {found}; this is a fault of medseg: run with --debug for the traceback"
             _fail(message, INTERNAL_ERROR, debug=ctx.params["debug"])

@@ -15,7 +15,7 @@ import numpy as np
 from medseg.build.data import TrainingData, manifest, training_data
 from medseg.build.model import Hardware, predictor, specification
 from medseg.build.provenance import run_tags
-from medseg.build.training import check_parts
+from medseg.build.training import check_parts, recorded
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
 from medseg.data.sources import read_label_map
@@ -290,7 +290,7 @@ def _is_of_folds(run: Path) -> bool:
 
 
 def _record(plan: Workflow, data: TrainingData, folder: RunFolder) -> None:
-    resolved = plan.model_copy(update={"data": plan.data.model_copy(update={"manifest": "manifest.json"})})
+    resolved = recorded(plan).model_copy(update={"data": plan.data.model_copy(update={"manifest": "manifest.json"})})
     folder.record("workflow.yaml", resolved.to_yaml())
     folder.record("manifest.json", json.dumps(data.manifest.to_dict(data.hashes), indent=1) + "\n")
 

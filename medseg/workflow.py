@@ -28,7 +28,7 @@ Patch = Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=3)]
 class Section(BaseModel):
     """Strict, frozen, no unknown fields."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Part(Section):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -303,3 +304,10 @@ def test_schema_describes_a_workflow(tmp_path: Path) -> None:
     schema = json.loads(file.read_text())
     assert {"data", "network", "train"} <= schema["properties"].keys()
     assert json.loads(medseg("schema").stdout) == schema
+
+
+def test_a_full_disk_is_told_in_one_message(fake: Fake) -> None:
+    fake("train", OSError(errno.ENOSPC, "No space left on device"))
+    result = medseg("train", "w.yaml")
+    assert result.exit_code == 4
+    assert result.stderr.endswith("E-DISK: No space left on device; make room, then go on where this ended\n")

@@ -154,3 +154,13 @@ def test_people_see_a_row_per_organ_and_what_was_left_out(runs: list[str]) -> No
     rows = [line.replace("│", " ").split() for line in capture.get().splitlines()]
     assert [runs[1], "liver", "3", "0.700", "0.727", "+0.027", "1", "/", "1", "/", "1"] in rows
     assert "left out, as only one of two runs has them: d, e" in capture.get()
+
+
+def test_a_run_that_lacks_a_result_of_the_first_is_worse(tmp_path):
+    whole, part = tmp_path / "whole.csv", tmp_path / "part.csv"
+    whole.write_text("case,organ,dice\na,liver,0.9\na,tumour,0.5\n")
+    part.write_text("case,organ,dice\na,liver,0.95\n")
+    (found,) = compare([str(whole), str(part)])["comparisons"]
+    assert found["lost"] == [["a", "tumour"]]
+    with pytest.raises(DataError, match="E-COMPARE-WORSE"):
+        compare([str(whole), str(part)], fail_if_worse=True)

@@ -73,3 +73,23 @@ def test_nnunets_way_round_is_read_too():
 def test_labels_that_contradict_themselves_are_refused(wrong):
     with pytest.raises(DataError, match="E-LABELS"):
         Labels(**wrong)
+
+
+def test_by_default_a_region_is_written_as_the_label_that_later_ones_leave_it():
+    labels = {"0": "background", "1": "edema", "2": "core", "3": "enhancing"}
+    regions = {"whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
+    assert Labels.from_dict({"labels": labels, "regions": regions}).region_order == (1, 2, 3)
+    with pytest.raises(DataError, match="region 'core' lies within later ones"):
+        Labels.from_dict({"labels": labels, "regions": {"core": [2, 3], "whole": [1, 2, 3]}})
+    with pytest.raises(DataError, match=r"region_order gives 1 for region 'core', which unites \[2, 3\]"):
+        Labels.from_dict({"labels": labels, "regions": {"core": [2, 3]}, "region_order": [1]})
+
+
+def test_nnunets_ignore_label_is_no_organ():
+    labels = Labels.from_dict({"labels": {"background": 0, "liver": 1, "ignore": 2}})
+    assert (labels.names, labels.ignore_label) == ({0: "background", 1: "liver"}, 2)
+
+
+def test_a_negative_ignore_label_is_refused():
+    with pytest.raises(DataError, match="ignore_label -1; it must be from 1"):
+        Labels({0: "background", 1: "liver"}, ignore_label=-1)

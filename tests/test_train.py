@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from medseg.build.training import recorded
 from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import MedsegError
 from medseg.geometry import Geometry, Volume
 from medseg.predict import predict
 from medseg.tracking.mlflow_tracker import open_store
 from medseg.train import train
+from medseg.workflow import Workflow
 
 LABELS = {"0": "background", "1": "bright", "2": "dark"}
 WORKFLOW = """\
@@ -245,6 +247,27 @@ def test_a_declared_label_that_no_case_has_is_refused(home):
         train(Path("tiny.yaml"))
 
 
+def test_a_scan_on_both_sides_under_two_names_is_refused(home):
+    data = json.loads(Path("dataset.json").read_text())
+    shutil.copy("images/scan_1.nii.gz", "images/copy.nii.gz")
+    data["training"].append({**data["training"][1], "image": "images/copy.nii.gz", "fold": 0})
+    Path("dataset.json").write_text(json.dumps(data))
+    with pytest.raises(MedsegError, match=r"E-LEAKAGE .*case copy, which is held out, is that of training case scan_1"):
+        train(Path("tiny.yaml"))
+
+
+def test_a_union_called_like_an_organ_is_refused(home):
+    Path("tiny.yaml").write_text(WORKFLOW.replace("{fold: 0}", "{fold: 0, unions: {bright: [1, 2]}}"))
+    with pytest.raises(MedsegError, match=r"E-UNION .*'bright' is an organ already"):
+        train(Path("tiny.yaml"))
+
+
+def test_a_servers_password_is_not_written_down(home):
+    uri = f"sqlite://me:hidden@/{home / 'mlflow.db'}"
+    plan = Workflow.load(Path("tiny.yaml"), [f"track.uri={uri}"])
+    assert "hidden" not in recorded(plan).to_yaml()
+
+
 def test_a_run_resumes_only_with_its_own_workflow(home):
     result = train(Path("tiny.yaml"), overrides=["train.iterations=4"])
     with pytest.raises(MedsegError, match="E-OUTPUT-EXISTS"):
@@ -342,5 +365,5 @@ def test_a_kill_at_any_moment_that_writes_or_computes(home, moment):
 def test_kills_at_random_moments(home, trial):
     whole = run(home, "--output", "whole")
     shutil.rmtree(home / "cache")  # so that a kill may come while cases are prepared
-    delay = random.Random(trial).uniform(0, whole["seconds"])
+    delay = random.Random(trial).uniform(0, 0.7 * whole["seconds"])
     assert_as_if_never_killed(home, whole, killed_and_resumed(home, ("after", delay)))

@@ -77,6 +77,8 @@ def training_data(workflow: Workflow, source: Manifest, fold: int) -> TrainingDa
             )
     _check_dims(workflow, cached)
     hashes = {file: cache.hash_of(file) for case in source.training for file in case.files}
+    with workflow.blamed("data", "manifest"):
+        _check_leakage(training, held_out, hashes)
     return TrainingData(source, fold, resolved, cached[: len(training)], cached[len(training) :], held_out, hashes)
 
 
@@ -87,7 +89,7 @@ def manifest(workflow: Workflow) -> Manifest:
         loaded = Manifest.load(path)
         if loaded.phantom:
             _make_phantoms(loaded)
-        loaded.check_files()
+        loaded.check_files(loaded.training)  # scans for tests may be elsewhere
     return loaded
 
 
@@ -152,6 +154,18 @@ def _spacing(workflow: Workflow, plain: Preprocessing, training: Sequence[Case])
     geometries = [read_geometry(case.images[0], assume_spacing_mm=plain.assume_spacing_mm) for case in training]
     spacings = [plain.geometry(geometry).spacing_mm for geometry in geometries]
     return tuple(float(s) for s in np.median(spacings, axis=0))
+
+
+def _check_leakage(training: Sequence[Case], held_out: Sequence[Case], hashes: Mapping[Path, str]) -> None:
+    """Refuse a scan that is on both sides under two names."""
+    known = {tuple(hashes[image] for image in case.images): case.id for case in training}
+    for case in held_out:
+        same = known.get(tuple(hashes[image] for image in case.images))
+        if same:
+            raise DataError(
+                "E-LEAKAGE",
+                f"the scan of case {case.id}, which is held out, is that of training case {same} too; remove one of them",
+            )
 
 
 def _check_dims(workflow: Workflow, cases: Sequence[CachedCase]) -> None:

@@ -26,7 +26,7 @@ from medseg.geometry import Volume
 from medseg.inference.postprocess import check_steps
 from medseg.inference.predictor import SLICES_AT_ONCE, has_bf16
 from medseg.inference.sliding_window import sliding_window
-from medseg.inference.tta import mirrored_channels
+from medseg.inference.tta import LEFT_RIGHT_AXIS, mirrored_channels
 from medseg.labels import Labels
 from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
 from medseg.model import ModelSpec, load_model
@@ -35,6 +35,7 @@ from medseg.nets.slices import OnSlices
 from medseg.registry import check_arguments
 from medseg.reporting.overlay import contour_picture
 from medseg.tracking.mlflow_tracker import MlflowTracker
+from medseg.tracking.uri import without_password
 from medseg.training import optim
 from medseg.training.signals import leave_to_parent
 from medseg.training.state import Observer, Settings, Target
@@ -58,13 +59,19 @@ def check_parts(workflow: Workflow, source: Manifest) -> None:
     with workflow.blamed("infer", "postprocess"):
         check_steps(workflow.infer.postprocess, source.labels)
     with workflow.blamed("infer", "mirror_axes"):
-        mirrored_channels(source.labels) if workflow.infer.mirror_axes else ()
+        mirrored_channels(source.labels) if LEFT_RIGHT_AXIS in workflow.infer.mirror_axes else ()
     for name, values in workflow.validate_.unions.items():
         unknown = sorted(set(values) - set(source.labels.names))
         if unknown:
             raise WorkflowError(
                 "E-UNION",
                 f"labels {unknown} are not declared; the manifest has {dict(source.labels.names)}",
+                where=workflow.where("validate", "unions", name),
+            )
+        if name in source.labels.organ_values:
+            raise WorkflowError(
+                "E-UNION",
+                f"{name!r} is an organ already; give the union a name of its own",
                 where=workflow.where("validate", "unions", name),
             )
 
@@ -206,10 +213,18 @@ def tracker(
         uri=workflow.track.uri,
         experiment=workflow.track.experiment or workflow.name,
         run_name=run_name,
-        params=_flat(workflow.model_dump(mode="json", by_alias=True)),
+        params=_flat(recorded(workflow).model_dump(mode="json", by_alias=True)),
         tags=tags,
         parent_run_id=parent_run_id,
     )
+
+
+def recorded(workflow: Workflow) -> Workflow:
+    """The workflow as it may be written down: without the password of a tracking server."""
+    if not workflow.track.uri:
+        return workflow
+    track = workflow.track.model_copy(update={"uri": without_password(workflow.track.uri)})
+    return workflow.model_copy(update={"track": track})
 
 
 def _start_from(workflow: Workflow, net: nn.Module) -> None:

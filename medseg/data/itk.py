@@ -12,15 +12,20 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import SimpleITK as sitk
+from isal import isal_zlib
 
 from medseg.data.headers import check_geometry, check_size
 from medseg.data.preflight import open_checked
 from medseg.errors import DataError, GeometryError
 from medseg.files import temporary_path
 from medseg.geometry import Geometry, Volume
+
+_CHUNK = 2**20
+_DAMAGED: tuple[Any, ...] = (isal_zlib.error,)
 
 
 def read_itk(path: Path) -> Volume:
@@ -31,6 +36,8 @@ def read_itk(path: Path) -> Volume:
     """
     reader = _reader(path)
     geometry = _geometry(reader, str(path))
+    if path.suffix.lower() in (".mha", ".mhd"):
+        _check_compressed(path)
     try:
         image = reader.Execute()
     except RuntimeError as error:
@@ -108,7 +115,39 @@ def _geometry(reader: sitk.ImageFileReader, where: str) -> Geometry:
     return check_geometry(stated.shape, stated.affine, where)
 
 
-def _unreadable(path: Path, error: RuntimeError) -> DataError:
+def _check_compressed(path: Path) -> None:
+    """Refuse damaged voxels of a MetaImage, which ITK would fill with noise and say nothing."""
+    with path.open("rb") as file:
+        header = {}
+        for line in iter(file.readline, b""):
+            key, _, value = line.decode("latin-1").partition("=")
+            header[key.strip().lower()] = value.strip()
+            if key.strip().lower() == "elementdatafile":
+                break
+        if header.get("compresseddata", "").lower() != "true":
+            return
+        stored = header.get("elementdatafile", "")
+        if stored.upper() == "LOCAL":
+            _inflate(file, path)
+            return
+    if (path.parent / stored).is_file():  # a missing one, or a list of files, is ITK's to judge
+        with (path.parent / stored).open("rb") as file:
+            _inflate(file, path)
+
+
+def _inflate(file: BinaryIO, path: Path) -> None:
+    """Decompress to the end, where the checksum is, and keep nothing."""
+    stream = isal_zlib.decompressobj()
+    try:
+        while chunk := file.read(_CHUNK):
+            stream.decompress(chunk)
+    except _DAMAGED as error:
+        raise _unreadable(path, error) from None
+    if not stream.eof:
+        raise _unreadable(path, "its compressed voxels end too early")
+
+
+def _unreadable(path: Path, error: Exception | str) -> DataError:
     reason = str(error).strip().splitlines()[-1]
     return DataError(
         "E-UNREADABLE", f"is not a whole {path.suffix} file ({reason}); copy it again from its source", where=str(path)

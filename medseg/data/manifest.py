@@ -127,14 +127,17 @@ class Manifest:
         )
         return _with_unique_ids(manifest)
 
-    def check_files(self) -> None:
+    def check_files(self, cases: Sequence[Case] | None = None) -> None:
         """Report every missing file and every training case without a label, all at once.
+
+        Args:
+            cases: Those whose files are looked for; None: all.
 
         Raises:
             Problems: If there are any.
         """
         problems: list[MedsegError] = []
-        for case in (*self.training, *self.test):
+        for case in cases if cases is not None else (*self.training, *self.test):
             for file in case.files:
                 if not is_there(file):
                     problems.append(
@@ -300,7 +303,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _warn_of_typos(data: Mapping[str, Any], path: Path) -> None:
     """Published manifests hold many keys that nobody reads, so only one that nearly is one of ours is worth a word."""
-    for key in set(data).difference(KEYS):
+    for key in ("validation", "testing"):
+        if data.get(key):
+            log.warning(
+                "W-MANIFEST-KEY %s: %r is ignored; list its cases in training, with a fold, or in test", path, key
+            )
+    for key in set(data).difference(KEYS, ("validation", "testing")):
         close = get_close_matches(key, [known for known in KEYS if known not in data], n=1, cutoff=0.75)
         if close:
             log.warning("W-MANIFEST-KEY %s: %r is ignored; did you mean %r?", path, key, close[0])

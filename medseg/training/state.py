@@ -78,6 +78,7 @@ class Progress:
     restores: int = 0
     loss_sum: float = 0.0  # since the last logged step
     loss_count: int = 0
+    skipped: list[str] = field(default_factory=list)  # cases of the updates left out in a row, their loss not finite
 
     @property
     def best(self) -> float:

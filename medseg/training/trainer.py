@@ -97,6 +97,7 @@ class Trainer:
         """
         self.folder, self.tracker = folder, tracker
         self.last = Checkpoints(folder.checkpoints / "last", keep=2)
+        self.good = Checkpoints(folder.checkpoints / "good", keep=2)
         self.best = Checkpoints(folder.checkpoints / "best", keep=2)
         self._resume()
         with handled_by(self._ask_to_stop):
@@ -151,10 +152,18 @@ class Trainer:
         if self.fabric.is_global_zero:
             self.last.save(self._state(), self.progress.step)
 
+    def _save_as_good(self) -> None:
+        """Save at a step that does not hang on the clock or on a signal: a divergence goes back there, and to the
+        same step whether or not the run was interrupted in between.
+        """
+        if self.fabric.is_global_zero:
+            self.good.save(self._state(), self.progress.step)
+        self.save()
+
     def _run_until_done_or_diverged(self) -> None:
         settings, progress = self.settings, self.progress
         self.network.train()
-        skipped: list[str] = []
+        skipped = progress.skipped
         saved = asked = time.monotonic()
         for batches in _groups(self.batches(progress.step * settings.accumulate), settings.accumulate):
             batches = [self.fabric.to_device(batch) for batch in batches]
@@ -163,16 +172,16 @@ class Trainer:
             progress.step += 1
             self.seconds_waiting += got - asked
             if math.isfinite(loss):
-                skipped = []
+                skipped.clear()
                 self._log_loss(loss)
             else:
                 skipped += [case for batch in batches for case in batch["case"]]
                 if len(skipped) >= MAX_SKIPS * len(batches) * len(batches[0]["case"]):
-                    raise _Diverged(skipped)
+                    raise _Diverged(list(skipped))
             self.seconds_training += time.monotonic() - asked
             if progress.step == settings.iterations or (progress.step % settings.validate_every == 0 and not skipped):
                 self._validate()
-                self.save()
+                self._save_as_good()
                 saved = time.monotonic()
             elif self._stop or (time.monotonic() - saved > CHECKPOINT_SECONDS and not skipped):
                 self.save()
@@ -251,8 +260,9 @@ class Trainer:
             step = self.progress.step
             self.observer.note(f"resuming after {step} of {self.settings.iterations} iterations")
         else:
-            self.save()  # something to go back to if the first iterations diverge
+            self._save_as_good()  # something to go back to if the first iterations diverge
         self.best.clear_after(step)
+        self.good.clear_after(step)
         self.folder.continue_from(step)
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -265,7 +275,7 @@ class Trainer:
     def _restore_last_good(self, diverged: _Diverged) -> None:
         """Back to the last checkpoint with half the learning rate; after a few times, give up."""
         restores, scale = self.progress.restores + 1, self.progress.lr_scale / 2
-        state = self.last.load()
+        state = self.good.load()
         if restores > MAX_RESTORES or state is None:
             cases = ", ".join(sorted(set(diverged.cases)))
             raise TrainingError(
@@ -276,7 +286,7 @@ class Trainer:
         self._load(state)
         self.folder.continue_from(self.progress.step)
         self.progress.restores, self.progress.lr_scale = restores, scale
-        self.save()
+        self._save_as_good()
         self.observer.note(
             f"loss not finite {MAX_SKIPS} times in a row: back to iteration {self.progress.step}, learning rate × {scale}"
         )

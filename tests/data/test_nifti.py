@@ -298,3 +298,17 @@ def test_real_labels_with_a_qform_alone_fit_their_images(data_dir: Path) -> None
     for file in sorted((data_dir / "sarcoma_petct" / "labelsTr").glob("*.nii.gz"))[:5]:
         assert nib.load(file).header["sform_code"] == 0
         check_pair(read_volume(file.parents[1] / "imagesTr" / file.name), read_label(file), file.name)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_damaged_voxels_of_a_compressed_metaimage_are_refused(tmp_path: Path, damage: str) -> None:
+    """ITK says so on stderr at most, and returns noise."""
+    path = tmp_path / "a.mha"
+    noise = np.random.default_rng(0).normal(0, 100, (1, 30, 30, 30)).astype(np.int16)
+    write_volume(path, Volume(noise, Geometry.from_spacing((30, 30, 30), (1, 1, 1))))
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content if damage == "flip" else content[:-100])
+    with pytest.raises(DataError, match="E-UNREADABLE"):
+        read_volume(path)

@@ -200,3 +200,36 @@ def test_logged_losses_are_means_over_ten_steps(make, tmp_path):
     trainer.fit()
     (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["train/loss"] == pytest.approx(np.mean(losses[:10]))
+
+
+@pytest.mark.parametrize("stop_at", [None, 3, 7])
+def test_a_burst_of_nans_leads_back_to_the_last_validation_whether_or_not_the_run_was_interrupted(
+    make, tmp_path, stop_at
+):
+    """The burst ends once the learning rate was halved, as one that a too high rate causes would."""
+
+    def fitted(folder: str, stop_at: int | None = None) -> Trainer:
+        def batches(first):
+            for number in range(first, 1000):
+                if number == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                bursts = 5 <= number < 11 and trainer.progress.restores == 0
+                yield from keyed_batches(number, number + 1, poison=[number] if bursts else [])
+
+        trainer, recorder = make(tmp_path / folder, batches=batches)
+        if stop_at is None:
+            trainer.fit()
+            assert any("back to iteration 4, learning rate × 0.5" in note for note in recorder.notes)
+        else:
+            with pytest.raises(Interrupted):
+                trainer.fit()
+            trainer.folder.close()
+        return trainer
+
+    whole = fitted("whole")
+    if stop_at is not None:
+        fitted("broken", stop_at)
+    again = fitted("broken")
+    assert same(whole, again)
+    assert again.progress == whole.progress
+    assert (tmp_path / "broken" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
