@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,9 +77,12 @@ def train(
             return _cross_validate(plan, folder, hardware)
         return _train_fold(plan, folder, held_out, hardware)
     except Interrupted as stop:
-        changed = "".join(f" --set '{override}'" for override in overrides)
-        chosen = f" --fold {fold}" if fold else ""
-        message = f"{stop.message}; go on with: medseg train {workflow}{changed}{chosen} --output {folder} --resume"
+        command = ["medseg", "train", str(workflow)]
+        for override in overrides:
+            command += ["--set", override]
+        command += ["--fold", fold] if fold else []
+        command += ["--device", device] if device != "auto" else []
+        message = f"{stop.message}; go on with: {shlex.join([*command, '--output', str(folder), '--resume'])}"
         raise Interrupted(stop.error_id, message) from None
 
 
@@ -275,6 +279,8 @@ def _choose_folder(plan: Workflow, output: Path | None, *, resume: bool, all_fol
             )
         return output or RUNS / plan.name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if output:
+        if not output.exists():
+            console().print(f"{output} holds no run yet: a new one starts", style="yellow", markup=False)
         return output
     started = sorted((RUNS / plan.name).glob("*-*"))
     unfinished = [run for run in started if not (run / RESULT).exists() and _is_of_folds(run) == all_folds]
