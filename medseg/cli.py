@@ -135,7 +135,9 @@ def predict(
     device: Device = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Threads that read scans ahead.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what an earlier call finished.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what stands in the output folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite what stands in the output folder; take scans of any modality.")
+    ] = False,
     dry_run: DryRun = False,
     uri: TrackingUri = None,
     as_json: AsJson = False,
@@ -159,6 +161,7 @@ def predict(
             force=force,
             dry_run=dry_run,
             tracking_uri=uri,
+            isolate=True,
         )
     print_result(result, as_json, prediction_summary)
     if result.get("failed"):
@@ -272,7 +275,9 @@ def convert(
     allow_missing_slices: Annotated[
         bool, typer.Option("--allow-missing-slices", help="Interpolate slices that a series lacks.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite OUT; convert a picture that may name the patient.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a scan or a label map in another format, on its own grid."""

@@ -104,19 +104,26 @@ def convert(
         target: Its suffix says as what.
         image: The scan that a SEG, an RTSTRUCT or masks are drawn on; makes `source` a label map.
         manifest: Names the labels of a SEG or an RTSTRUCT; None: the numbers of its structures count.
-        force: Overwrite `target`.
+        force: Overwrite `target`, and convert a picture that may name the patient.
         allow_missing_slices: Interpolate slices that a series lacks.
 
     Returns:
         ``output``, ``shape``, ``spacing_mm``, ``orientation``, and ``labels`` (voxels of each) of a label map.
 
     Raises:
-        DataError: If the source cannot be read, or the target exists.
+        DataError: If the source cannot be read or may name the patient, or the target exists.
     """
     if target.exists() and not force:
         raise DataError("E-OUTPUT-EXISTS", "exists; add --force to overwrite it", where=str(target))
     if image is None:
         volume = read_volume(source, allow_missing_slices=allow_missing_slices)
+        if volume.shows_text and not force:
+            raise DataError(
+                "E-BURNED-IN",
+                f"says that its picture itself names the patient, and a {target.suffix} file would not say so any more; "
+                "blank the text first, or add --force and share nothing made of it",
+                where=str(source),
+            )
     else:
         labels = Manifest.load(manifest).labels if manifest else None
         volume = read_label(source, image=image, labels=labels)

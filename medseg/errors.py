@@ -20,7 +20,7 @@ class MedsegError(Exception):
 
     exit_code = 2
 
-    def __init__(self, error_id: str, message: str, *, where: str | None = None) -> None:
+    def __init__(self, error_id: str, message: str, where: str | None = None) -> None:
         super().__init__(error_id, message, where)
         self.error_id = error_id
         self.message = message
@@ -53,6 +53,12 @@ class TrainingError(MedsegError):
     exit_code = 4
 
 
+class WorkerError(MedsegError):
+    """A process that works for this one and cannot go on."""
+
+    exit_code = 4
+
+
 class Interrupted(MedsegError):
     """Work stopped by a signal, after its state was saved."""
 
@@ -65,7 +71,8 @@ class Problems(MedsegError):
     def __init__(self, errors: Sequence[MedsegError]) -> None:
         self.errors = tuple(errors)
         first = self.errors[0]
-        super().__init__(first.error_id, first.message, where=first.where)
+        super().__init__(first.error_id, first.message, first.where)
+        self.args = (self.errors,)  # what makes it again where it is sent to another process
 
     def __str__(self) -> str:
         return "\n".join(str(error) for error in self.errors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -234,10 +234,14 @@ class Volume:
     Args:
         array: (C, I, J[, K]), in the order of the grid's axes.
         geometry: The grid.
+        modalities: What made each channel, in DICOM's words (``"CT"``), where the file says it.
+        shows_text: The file says that its picture itself names the patient (BurnedInAnnotation).
     """
 
     array: npt.NDArray[np.generic]
     geometry: Geometry
+    modalities: tuple[str | None, ...] = ()
+    shows_text: bool = False
 
     def __post_init__(self) -> None:
         if self.array.shape[1:] != self.geometry.shape:
@@ -248,4 +252,4 @@ class Volume:
         order, flips = self.geometry.axes_to(orientation)
         array = self.array.transpose(0, *[axis + 1 for axis in order])
         array = array[(slice(None), *[slice(None, None, -1 if flip else 1) for flip in flips])]
-        return Volume(array, self.geometry.oriented(orientation))
+        return replace(self, array=array, geometry=self.geometry.oriented(orientation))

@@ -5,22 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medseg.build.model import predictor
+from medseg.batch.isolated import Killed, isolated
 from medseg.data.inputs import PROBABILITIES, check_unique, find_cases
 from medseg.data.manifest import Case
-from medseg.data.transforms import Prepared
 from medseg.data.volume_io import WRITABLE_SUFFIXES, write_volume
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.files import remove_leftovers
-from medseg.inference.predictor import Predictor
+from medseg.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from medseg.data.transforms import Prepared
+    from medseg.inference.predictor import Predictor
 
 Result = dict[str, Any]
+
+log = logging.getLogger("medseg")
 
 
 def predict(
@@ -39,6 +46,7 @@ def predict(
     force: bool = False,
     dry_run: bool = False,
     tracking_uri: str | None = None,
+    isolate: bool = False,
 ) -> Result:
     """Segment scans. A scan that cannot be segmented is listed and does not stop the others.
 
@@ -55,9 +63,10 @@ def predict(
         device: ``auto``, ``cpu`` or ``cuda``.
         workers: Threads that read scans ahead.
         resume: Pass over cases whose segmentation is there.
-        force: Overwrite segmentations that are there.
+        force: Overwrite segmentations that are there, and segment scans of another modality than the model's.
         dry_run: Load the model, say what would be segmented, and stop.
         tracking_uri: Where to look for run ids.
+        isolate: Work in a process of its own, so that a scan that kills it is one failure among the others.
 
     Returns:
         ``done`` (each with case, input, output, seconds), ``failed`` (case, input, error_id, message),
@@ -78,32 +87,88 @@ def predict(
     if not (resume or force):
         _check_nothing_there(files)
     todo = [case for case in cases if force or case.id not in complete]
-    segmenter = predictor(model, device=device, overlap=overlap, tta=tta, tracking_uri=tracking_uri)
-    if format == "png" and segmenter.spec.spatial_dims == 3:
-        raise WorkflowError("E-ARGUMENT", "a PNG holds no volume, which this model predicts", where="--format")
+    jobs = [_Job(case, files[case.id]) for case in todo]
+    segmenting = _Segmenting(model, device, overlap, tta, tracking_uri, format, workers, any_modality=force)
     result: Result = {"done": [], "failed": [], "skipped": [case.id for case in cases if case not in todo]}
     if dry_run:
-        result["planned"] = [_entry(case) | {"output": str(files[case.id][0])} for case in todo]
+        segmenting.segmenter()
+        result["planned"] = [job.entry | {"output": str(job.files[0])} for job in jobs]
     else:
         output.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output)
-        _segment_all(segmenter, todo, files, workers, result)
+        numbered = (
+            isolated(segmenting, jobs, preload=["medseg.build.model"])
+            if isolate
+            else segmenting(dict(enumerate(jobs)), begun=lambda _: None)
+        )
+        for number, found in track(numbered, "segmenting", total=len(jobs)):
+            entry = _killed(jobs[number], found) if isinstance(found, Killed) else found
+            result["failed" if "error_id" in entry else "done"].append(entry)
     return {**result, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _segment_all(
-    segmenter: Predictor, cases: Sequence[Case], files: dict[str, tuple[Path, ...]], workers: int, result: Result
-) -> None:
-    """Segment case after case; what becomes of each is added to the result."""
-    for case, prepare in track(_read_ahead(segmenter, cases, workers), "segmenting", total=len(cases)):
-        begun = time.monotonic()
-        try:
-            _segment(segmenter, prepare(), files[case.id])
-        except Exception as error:  # whatever is wrong with this scan, the others are still to be done
-            result["failed"].append(_entry(case) | _described(error, case))
-            continue
-        seconds = round(time.monotonic() - begun, 2)
-        result["done"].append(_entry(case) | {"output": str(files[case.id][0]), "seconds": seconds})
+@dataclass(frozen=True)
+class _Job:
+    """A case, and the files that its segmentation, and its probabilities if they are wanted, are written to."""
+
+    case: Case
+    files: tuple[Path, ...]
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {"case": self.case.id, "input": str(self.case.images[0])}
+
+
+@dataclass(frozen=True)
+class _Segmenting:
+    """Segments case after case, wherever it is called; what becomes of each is an entry of the result.
+
+    Args:
+        model: See `predict`, as for all the others.
+        any_modality: Segment scans of another modality than the model's, with a warning.
+    """
+
+    model: str
+    device: str
+    overlap: float | None
+    tta: bool
+    tracking_uri: str | None
+    format: str
+    workers: int
+    any_modality: bool
+
+    def segmenter(self) -> Predictor:
+        """The model, loaded.
+
+        Raises:
+            MedsegError: If it cannot be used, or its segmentations cannot be written in this format.
+        """
+        from medseg.build.model import predictor  # torch takes a while to import, and the work may be another process's
+
+        made = predictor(
+            self.model, device=self.device, overlap=self.overlap, tta=self.tta, tracking_uri=self.tracking_uri
+        )
+        if self.format == "png" and made.spec.spatial_dims == 3:
+            raise WorkflowError("E-ARGUMENT", "a PNG holds no volume, which this model predicts", where="--format")
+        return made
+
+    def __call__(self, jobs: Mapping[int, _Job], begun: Callable[[int], None]) -> Iterator[tuple[int, Result]]:
+        segmenter = self.segmenter()
+
+        def prepare(number: int) -> Prepared:
+            begun(number)
+            return segmenter.prepare(jobs[number].case.images, any_modality=self.any_modality)
+
+        for number, prepared in _read_ahead(prepare, jobs, self.workers):
+            started = time.monotonic()
+            job = jobs[number]
+            try:
+                _segment(segmenter, prepared(), job.files)
+            except Exception as error:  # whatever is wrong with this scan, the others are still to be done
+                yield number, job.entry | _described(error, job.case)
+                continue
+            seconds = round(time.monotonic() - started, 2)
+            yield number, job.entry | {"output": str(job.files[0]), "seconds": seconds}
 
 
 def _segment(segmenter: Predictor, prepared: Prepared, files: Sequence[Path]) -> None:
@@ -114,31 +179,37 @@ def _segment(segmenter: Predictor, prepared: Prepared, files: Sequence[Path]) ->
 
 
 def _read_ahead(
-    segmenter: Predictor, cases: Sequence[Case], workers: int
-) -> Iterator[tuple[Case, Callable[[], Prepared]]]:
-    """Each case with a function that returns it prepared; up to `workers` are prepared in advance."""
+    prepare: Callable[[int], Prepared], numbers: Iterable[int], workers: int
+) -> Iterator[tuple[int, Callable[[], Prepared]]]:
+    """Each number with a function that returns its case prepared; up to `workers` are prepared in advance."""
     if not workers:
-        for case in cases:
-            yield case, lambda case=case: segmenter.prepare(case.images)  # type: ignore[misc]
+        for number in numbers:
+            yield number, partial(prepare, number)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[Case, Callable[[], Prepared]]] = deque()
-        for case in cases:
-            waiting.append((case, pool.submit(segmenter.prepare, case.images).result))
+        waiting: deque[tuple[int, Callable[[], Prepared]]] = deque()
+        for number in numbers:
+            waiting.append((number, pool.submit(prepare, number).result))
             if len(waiting) > workers:
                 yield waiting.popleft()
         yield from waiting
 
 
-def _entry(case: Case) -> dict[str, str]:
-    return {"case": case.id, "input": str(case.images[0])}
-
-
 def _described(error: Exception, case: Case) -> dict[str, str]:
     if isinstance(error, MedsegError):
         return {"error_id": error.error_id, "message": str(error)}
-    logging.getLogger("medseg").debug("case %s", case.id, exc_info=error)
+    if is_out_of_memory(error):
+        fault = DataError("E-MEMORY", f"does not fit into memory ({error}); crop it", where=str(case.images[0]))
+        return {"error_id": fault.error_id, "message": str(fault)}
+    log.debug("case %s", case.id, exc_info=error)
     return {"error_id": "E-INTERNAL", "message": f"{type(error).__name__}: {error}"}
+
+
+def _killed(job: _Job, killed: Killed) -> dict[str, str]:
+    error = DataError(
+        "E-WORKER", f"{killed}; look at this scan, or give the job more memory", where=str(job.case.images[0])
+    )
+    return job.entry | {"error_id": error.error_id, "message": str(error)}
 
 
 def _check_arguments(format: str, overlap: float | None, *, resume: bool, force: bool, probabilities: bool) -> None:

@@ -1,9 +1,9 @@
-"""What all tests share: the folder of real scans, a cache of their own, one thread each."""
+"""What all tests share: the folder of real scans, a cache of their own, one thread each, DICOM files to make."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +62,25 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDSEG_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def write_slice(tmp_path: Path) -> Callable[..., Path]:
+    """Writes ``make_slice(z, …)`` to a name below `tmp_path`."""
+    from .dicom_files import make_slice, save
+
+    def write(name: str, z: float = 0.0, pixels: Any = None, **elements: Any) -> Path:
+        return save(make_slice(z, pixels, **elements), tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def write_enhanced(tmp_path: Path) -> Callable[..., Path]:
+    """Writes ``make_enhanced(pixels, groups, …)`` to a name below `tmp_path`."""
+    from .dicom_files import make_enhanced, save
+
+    def write(name: str, pixels: Any, groups: list[dict[str, dict[str, Any]]], **elements: Any) -> Path:
+        return save(make_enhanced(pixels, groups, **elements), tmp_path / name)
+
+    return write

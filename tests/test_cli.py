@@ -122,6 +122,7 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
             "force": True,
             "dry_run": False,
             "tracking_uri": "http://x",
+            "isolate": True,
         }
     ]
 

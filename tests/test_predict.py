@@ -1,5 +1,9 @@
 import json
 import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import MedsegError, Problems, WorkflowError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
-from medseg.model import Intensity, ModelSpec, Preprocessing, Window, save_model
+from medseg.model import Intensity, ModelSpec, Preprocessing, Window, load_model, save_model
 from medseg.nets import NETS
 from medseg.predict import predict
 
@@ -228,3 +232,71 @@ def test_a_folder_without_scans_is_refused(model, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MedsegError, match="E-NO-INPUT"):
         predict(model, [tmp_path / "empty"], output=tmp_path / "out")
+
+
+LETHAL = """\
+import multiprocessing, os, signal, sys
+
+def hook(event, arguments):
+    if event == "open" and "case_1" in str(arguments[0]) and multiprocessing.parent_process():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+"""
+
+
+def test_a_scan_that_kills_the_process_is_one_failure_among_the_others(model, scans, tmp_path):
+    """At the shell; whatever process of ours opens the scan is killed."""
+    (tmp_path / "sitecustomize.py").write_text(LETHAL)
+    files = [str(scans / f"case_{n}.nii.gz") for n in range(3)]
+    command = [sys.executable, "-m", "medseg", "predict", model, *files, "-o", "out", "--workers", "2", "--json"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert ended.returncode == 3, ended.stderr
+    result = json.loads(ended.stdout)
+    assert sorted(case_ids(result["done"])) == ["case_0", "case_2"]
+    (failed,) = result["failed"]
+    assert failed["error_id"] == "E-WORKER" and failed["input"] == files[1] and "SIGKILL" in failed["message"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case_0.nii.gz", "case_2.nii.gz"]
+    assert "Traceback" not in ended.stderr
+
+
+def changed(model: str, folder, **changes) -> str:
+    """The model with other words in its model.json."""
+    spec, weights = load_model(Path(model) / "model")
+    save_model(folder / "model", replace(spec, **changes), weights)
+    return str(folder)
+
+
+def series(write_slice, folder: str, modality: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 2000, (16, 16)).astype(np.uint16)
+    for z in range(8):
+        write_slice(f"{folder}/{z}", 2.0 * z, pixels, modality=modality, SeriesInstanceUID=f"1.2.{len(folder)}")
+
+
+def test_a_scan_of_another_modality_is_refused_unless_forced(model, write_slice, tmp_path, caplog):
+    series(write_slice, "scans/mr", "MR")
+    series(write_slice, "scans/liver", "CT")
+    result = predict(model, [tmp_path / "scans"], output=tmp_path / "out")
+    assert case_ids(result["done"]) == ["liver"]
+    (failed,) = result["failed"]
+    assert failed["case"] == "mr" and failed["error_id"] == "E-MODALITY"
+    assert "modality MR; expected CT (CT) by this model; add --force" in failed["message"]
+    result = predict(model, [tmp_path / "scans"], output=tmp_path / "out", force=True)
+    assert case_ids(result["done"]) == ["liver", "mr"]
+    assert any(record.message.startswith("W-MODALITY") and "scans/mr" in record.message for record in caplog.records)
+
+
+def test_a_model_whose_channel_tells_no_modality_takes_any(model, write_slice, tmp_path):
+    series(write_slice, "scans/mr", "MR")
+    vague = changed(model, tmp_path / "vague", channels=("image",))
+    assert case_ids(predict(vague, [tmp_path / "scans"], output=tmp_path / "out")["done"]) == ["mr"]
+
+
+def test_a_file_whose_values_are_no_hounsfield_units_is_told(model, tmp_path, caplog):
+    """A NIfTI does not say what made it, its values may."""
+    array = np.random.default_rng(0).integers(0, 900, (1, *GRID.shape)).astype(np.int16)
+    write_volume(tmp_path / "mr.nii.gz", Volume(array, GRID))
+    predict(model, [tmp_path / "mr.nii.gz"], output=tmp_path / "out")
+    assert any("W-HU" in record.message and "mr.nii.gz" in record.message for record in caplog.records)

@@ -1,15 +1,19 @@
-"""Do an image and its label belong together, and hold what they should?
+"""Do an image and its label belong together, and are they what was expected?
 
 ===================== ==================================================================
 E-PAIR-SHAPE          image and label of different shapes
 E-PAIR-AFFINE         image and label of one shape, at different places
 E-CONSTANT            an image that shows nothing
 E-LABEL-UNDECLARED    label values that the data set does not declare
+E-MODALITY            a scan of another modality than its channel is to be
+W-HU                  a CT whose values are no Hounsfield units
 ===================== ==================================================================
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,17 @@ from medseg.data.headers import corner_distance_mm
 from medseg.errors import DataError, GeometryError
 from medseg.geometry import Volume
 from medseg.labels import Labels
+
+HU_RANGE = (-9000.0, 32000.0)
+"""CT values beyond are a wrong slope or a wrong sign; scanners pad with -1024 to -8192 and metal ends at 30,000."""
+
+CHANNEL_NAMES = {
+    "CT": ("ct", "cta", "cbct"),
+    "MR": ("mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2", "t2w", "flair", "adc", "dwi", "pd", "pdw"),
+    "PT": ("pt", "pet", "suv"),
+    "US": ("us", "ultrasound"),
+}
+"""DICOM's modality, and the words that name it in a manifest's channels."""
 
 
 def check_pair(image: Volume, label: Volume, where: str) -> None:
@@ -50,22 +65,30 @@ def check_pair(image: Volume, label: Volume, where: str) -> None:
         )
 
 
-def check_not_constant(image: Volume, where: str) -> None:
+def value_ranges(image: Volume) -> tuple[tuple[float, float], ...]:
+    """Lowest and highest value of each channel."""
+    return tuple((float(channel.min()), float(channel.max())) for channel in image.array)
+
+
+def check_not_constant(ranges: Sequence[tuple[float, float]], where: str, *, is_picture: bool) -> None:
     """Refuse a scan with a channel that shows nothing, and a picture that shows nothing in any of its colors.
+
+    Args:
+        ranges: See `value_ranges`.
+        where: Case or file, for the message.
+        is_picture: Whether the channels are colors: stains and fluorescence leave some out.
 
     Raises:
         DataError: If all voxels of a channel, or of all channels of a picture, are equal.
     """
-    constant = [bool(channel.min() == channel.max()) for channel in image.array]
-    if image.geometry.spatial_dims == 2 and not all(constant):  # stains and fluorescence leave colors out
-        return
-    for number, channel in enumerate(image.array):
-        if constant[number]:
-            raise DataError(
-                "E-CONSTANT",
-                f"every voxel of channel {number} is {channel.flat[0]:g}; export the scan again or remove the case",
-                where=where,
-            )
+    constant = [number for number, (low, high) in enumerate(ranges) if low == high]
+    if constant and not (is_picture and len(constant) < len(ranges)):
+        number, (value, _) = constant[0], ranges[constant[0]]
+        raise DataError(
+            "E-CONSTANT",
+            f"every voxel of channel {number} is {value:g}; export the scan again or remove the case",
+            where=where,
+        )
 
 
 def check_label_values(label: npt.NDArray[Any], labels: Labels, where: str | None = None) -> None:
@@ -88,3 +111,38 @@ def check_label_values(label: npt.NDArray[Any], labels: Labels, where: str | Non
             "add them to the manifest's labels, or set ignore_label",
             where=where,
         )
+
+
+def check_modalities(found: Sequence[str | None], channels: Sequence[str], where: str) -> None:
+    """Refuse a scan of another modality than is expected; what says nothing of its modality passes.
+
+    Args:
+        found: What made each channel, in DICOM's words; None where the file does not say it.
+        channels: What each channel is to be, in a manifest's words, e.g. ``("CT",)``.
+        where: Case or file, for the message.
+
+    Raises:
+        DataError: If they differ.
+    """
+    for modality, channel in zip(found, channels, strict=False):
+        expected = expected_modality(channel)
+        if modality and expected and modality != expected:
+            raise DataError(
+                "E-MODALITY", f"is a scan of modality {modality}; expected {channel} ({expected})", where=where
+            )
+
+
+def expected_modality(channel: str) -> str | None:
+    """DICOM's modality for a channel's name; None for names that tell none, e.g. ``"image"``."""
+    words = re.findall(r"[a-z0-9]+", channel.lower())
+    return next((modality for modality, names in CHANNEL_NAMES.items() if not {*names}.isdisjoint(words)), None)
+
+
+def hounsfield_fault(channel: str, low: float, high: float) -> str | None:
+    """What is odd about the values of a CT; None if nothing is, or if it is no CT."""
+    if expected_modality(channel) != "CT" or low == high or (HU_RANGE[0] <= low < 0 and high <= HU_RANGE[1]):
+        return None
+    return (
+        f"CT values run from {low:g} to {high:g}: these are no Hounsfield units (air is -1000, fat -100); was the slope "
+        "or intercept lost, or is it another modality?"
+    )

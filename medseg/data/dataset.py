@@ -34,7 +34,7 @@ from medseg.geometry import Geometry
 from medseg.labels import Labels
 from medseg.model import Preprocessing
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 VOXELS_PER_CLASS = 10_000
 """Enough for a patch centre anywhere in an organ, few enough to read in a millisecond."""
 
@@ -83,7 +83,7 @@ class CachedCase:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """Geometry before and after preprocessing, and voxels of each label value."""
+        """Geometry before and after preprocessing, voxels of each label value, and whether the image shows text."""
         return dict(json.loads((self.folder / "case.json").read_text()))
 
     @property
@@ -349,7 +349,12 @@ def _save(prepared: Prepared, folder: Path, labels: Labels) -> None:
             )
             voxels[str(value)] = np.stack(np.unravel_index(chosen, label.shape[1:]), axis=1)
     np.savez(folder / "voxels.npz", **voxels)  # type: ignore[arg-type]  # numpy's stub wants one type for all keywords
-    description = {"source": prepared.source.to_dict(), "geometry": prepared.geometry.to_dict(), "voxels": counts}
+    description = {
+        "source": prepared.source.to_dict(),
+        "geometry": prepared.geometry.to_dict(),
+        "voxels": counts,
+        "shows_text": prepared.shows_text,
+    }
     (folder / "case.json").write_text(json.dumps(description))
     for file in folder.iterdir():
         with file.open("rb") as stream:

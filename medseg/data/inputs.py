@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from medseg.data import phantom
 from medseg.data.manifest import Case, Manifest, case_id
 from medseg.data.volume_io import PICTURE_SUFFIXES, READABLE_SUFFIXES
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
@@ -61,6 +60,8 @@ def manifest_cases(manifest: Manifest, split: str) -> tuple[Case, ...]:
         WorkflowError: If there is no such part.
     """
     if manifest.phantom:
+        from medseg.data import phantom  # SciPy takes a while to import
+
         phantom.make_cases(manifest.root, spec=manifest.phantom)
     parts = {"training": manifest.training, "test": manifest.test}
     known = [name for name, cases in parts.items() if cases]

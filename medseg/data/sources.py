@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +47,14 @@ def read_image(sources: Sequence[Source], preprocessing: Preprocessing) -> Volum
             f"{num_channels} channels; expected {expected}. Of a 4D file, select_volume takes one",
             where=name_of(sources),
         )
-    array = volumes[0].array if len(volumes) == 1 else np.concatenate([volume.array for volume in volumes])
-    return Volume(array, volumes[0].geometry)
+    if len(volumes) == 1:
+        return first
+    return Volume(
+        np.concatenate([volume.array for volume in volumes]),
+        first.geometry,
+        modalities=tuple(chain.from_iterable(v.modalities or [None] * len(v.array) for v in volumes)),
+        shows_text=any(volume.shows_text for volume in volumes),
+    )
 
 
 def read_label_map(
@@ -91,7 +99,7 @@ def _on_grid_of(first: Volume, other: Volume, where: str) -> Volume:
         "W-CHANNEL-GRID %s: a channel is resampled to the first one's grid (%.0f%% covered)", where, 100 * covered
     )
     array = resample_image(torch.from_numpy(other.array.astype(np.float32)), other.geometry, grid)
-    return Volume(array.numpy(), grid)
+    return replace(other, array=array.numpy(), geometry=grid)
 
 
 def _read(source: Source, preprocessing: Preprocessing) -> Volume:

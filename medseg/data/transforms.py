@@ -20,7 +20,7 @@ from monai.transforms.compose import Compose
 from monai.transforms.transform import MapTransform
 from torch import Tensor
 
-from medseg.data.checks import check_not_constant, check_pair
+from medseg.data.checks import check_not_constant, check_pair, value_ranges
 from medseg.data.intensity import RunningStatistics, normalize_
 from medseg.data.resample import resample_image, resample_label
 from medseg.data.sources import Source, name_of, read_image, read_label_map
@@ -43,12 +43,20 @@ class Prepared:
         label: Integer, (1, I, J, K); None for a scan to predict.
         source: The grid of the file.
         geometry: The grid of these arrays.
+        name: What messages call the scan.
+        ranges: Lowest and highest value of each channel, as it was read.
+        modalities: See `Volume`.
+        shows_text: See `Volume`.
     """
 
     image: npt.NDArray[np.float32]
     label: npt.NDArray[np.integer[Any]] | None
     source: Geometry
     geometry: Geometry
+    name: str = ""
+    ranges: tuple[tuple[float, float], ...] = ()
+    modalities: tuple[str | None, ...] = ()
+    shows_text: bool = False
 
 
 class LoadVolumed(MapTransform):
@@ -87,8 +95,9 @@ class LoadVolumed(MapTransform):
             else:
                 images = images or sources
                 volumes[key] = read_image(sources, self.preprocessing)
-                _check_contents(volumes[key], name_of(sources), is_training=is_training)
             loaded[key] = meta_tensor(volumes[key], name=name_of(sources))
+            if key != self.label_key:
+                loaded[key].meta["ranges"] = _checked_ranges(volumes[key], name_of(sources), is_training=is_training)
         if is_training:
             label = volumes.pop(self.label_key)
             name = loaded[self.label_key].meta["filename_or_obj"]
@@ -259,6 +268,10 @@ def preprocess(
         label=np.ascontiguousarray(data[LABEL].numpy()) if label is not None else None,
         source=Geometry(tuple(image.meta["spatial_shape"]), image.meta["original_affine"]),
         geometry=geometry_of(image),
+        name=image.meta["filename_or_obj"],
+        ranges=image.meta["ranges"],
+        modalities=image.meta["modalities"],
+        shows_text=image.meta["shows_text"],
     )
 
 
@@ -318,6 +331,8 @@ def meta_tensor(volume: Volume, *, name: str = "") -> MetaTensor:
         "original_affine": affine.numpy(),
         "spatial_shape": volume.geometry.shape,
         "space": "RAS",
+        "modalities": volume.modalities,
+        "shows_text": volume.shows_text,
     }
     return MetaTensor(torch.from_numpy(array), affine=affine, meta=meta)
 
@@ -336,11 +351,13 @@ def _resampled(tensor: MetaTensor, target: Geometry, *, is_label: bool) -> MetaT
     return _like(tensor, resample(tensor.as_tensor(), geometry_of(tensor), target), target)
 
 
-def _check_contents(image: Volume, where: str, *, is_training: bool) -> None:
-    """An image that shows nothing teaches nothing; to predict, it is merely odd."""
+def _checked_ranges(image: Volume, where: str, *, is_training: bool) -> tuple[tuple[float, float], ...]:
+    """Each channel's values; an image that shows nothing teaches nothing, and to predict it is merely odd."""
+    ranges = value_ranges(image)
     try:
-        check_not_constant(image, where)
+        check_not_constant(ranges, where, is_picture=image.geometry.spatial_dims == 2)
     except DataError as error:
         if is_training:
             raise
         logging.getLogger("medseg").warning("W-CONSTANT %s: %s", where, error.message)
+    return ranges

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def read_volume(
         if not 0 <= select_volume < len(array):
             raise DataError("E-SELECT-VOLUME", f"has volumes 0-{len(array) - 1}, not {select_volume}", where=str(path))
         array = array[select_volume : select_volume + 1]
-    return Volume(_fill_bad_voxels(array, str(path)), volume.geometry)
+    return replace(volume, array=_fill_bad_voxels(array, str(path)))
 
 
 def read_label(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medseg.data.sources import Source, name_of
+from medseg.data.checks import check_modalities, hounsfield_fault
+from medseg.data.sources import Source
 from medseg.data.transforms import Prepared, preprocess
 from medseg.errors import DataError
 from medseg.geometry import Volume
@@ -19,9 +21,12 @@ from medseg.inference.postprocess import check_steps
 from medseg.inference.restore import restore
 from medseg.inference.sliding_window import sliding_window
 from medseg.inference.tta import Mirrored
+from medseg.memory import is_out_of_memory
 from medseg.model import ModelSpec
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+log = logging.getLogger("medseg")
 
 SLICES_AT_ONCE = 8
 """Windows in a batch for networks on slices; a single slice keeps no processor busy."""
@@ -39,6 +44,32 @@ class Segmentation:
 
     label: Volume
     probabilities: Volume | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a scan is predicted.
+
+    Args:
+        batch_size: Windows given to the network at once.
+        device: Where the network is.
+        sums_on: Where the scan is, and the logits are put together.
+    """
+
+    batch_size: int
+    device: torch.device
+    sums_on: torch.device
+
+    def __str__(self) -> str:
+        sums = "" if self.sums_on == self.device else f", put together on {self.sums_on}"
+        return f"{self.batch_size} window{'s' * (self.batch_size > 1)} at once on {self.device}{sums}"
+
+
+def ways(device: torch.device, batch_size: int) -> tuple[Way, ...]:
+    """How to predict, from the fastest way to the one that needs least memory, or least of the GPU's."""
+    cpu = torch.device("cpu")
+    found = [Way(batch_size, device, device), Way(1, device, device), Way(1, device, cpu), Way(1, cpu, cpu)]
+    return tuple(dict.fromkeys(found))
 
 
 class Predictor:
@@ -73,6 +104,7 @@ class Predictor:
             precision = "bf16" if has_bf16(self.device.type) else "fp32"
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         self.batch_size = batch_size or (SLICES_AT_ONCE if spec.spatial_dims == 2 else 1)
+        self._ways = ways(self.device, self.batch_size)
         self._steps = check_steps(spec.postprocess, spec.labels)
 
     def segment(self, images: Sequence[Source], *, with_probabilities: bool = False) -> Segmentation:
@@ -87,20 +119,28 @@ class Predictor:
         """
         return self.segment_prepared(self.prepare(images), with_probabilities=with_probabilities)
 
-    def prepare(self, images: Sequence[Source]) -> Prepared:
+    def prepare(self, images: Sequence[Source], *, any_modality: bool = False) -> Prepared:
         """Read and preprocess a scan: the part that needs no network, and may run ahead in a thread.
+
+        Args:
+            images: One file (or volume in memory) with all channels, or one a channel.
+            any_modality: Only warn of a scan whose modality is not the model's.
 
         Raises:
             DataError: If the scan cannot be used, or is not like those that the model was trained on.
         """
         prepared = preprocess(images, None, self.spec.preprocessing)
+        self._check_modality(prepared, any_modality=any_modality)
+        for channel, (low, high) in zip(self.spec.channels, prepared.ranges, strict=False):
+            if fault := hounsfield_fault(channel, low, high):
+                log.warning("W-HU %s: %s", prepared.name, fault)
         takes_pictures = self.spec.spatial_dims == 2 and not self.spec.window.context_slices
         if prepared.source.spatial_dims != 3 and not takes_pictures:
             raise DataError(
                 "E-SPATIAL-DIMS",
                 f"{prepared.source.spatial_dims}D image of shape {prepared.source.shape}; the model takes volumes: "
                 "stack the slices into one file",
-                where=name_of(images),
+                where=prepared.name,
             )
         return prepared
 
@@ -108,19 +148,10 @@ class Predictor:
         """Segment what `prepare` returned; of a scan that shows nothing, nothing is segmented."""
         labels = self.spec.labels
         if all(np.ptp(channel) == 0 for channel in prepared.image):
-            logging.getLogger("medseg").warning(
-                "W-EMPTY the scan shows nothing after clipping; so does the segmentation"
-            )
+            log.warning("W-EMPTY %s: shows nothing after clipping; so does the segmentation", prepared.name)
             logits = self._nothing(prepared)
         else:
-            logits = sliding_window(
-                torch.from_numpy(prepared.image).to(self.device),
-                self.network,
-                self.spec.window,
-                num_outputs=labels.num_outputs,
-                batch_size=self.batch_size,
-                autocast=self.autocast,
-            )
+            logits = self._logits(prepared)
         label, probabilities = restore(
             logits,
             labels,
@@ -133,6 +164,43 @@ class Predictor:
         for step, values in self._steps:
             array = step(array, values)
         return Segmentation(Volume(array[None], label.geometry), probabilities)
+
+    def _logits(self, prepared: Prepared) -> Tensor:
+        """What the network says, in the first of the ways that memory suffices for."""
+        image = torch.from_numpy(prepared.image)
+        for way, easier in pairwise(self._ways):
+            try:
+                return self._predicted(image, way)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            log.warning("W-MEMORY %s: out of memory with %s; going on with %s", prepared.name, way, easier)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return self._predicted(image, self._ways[-1])
+
+    def _predicted(self, image: Tensor, way: Way) -> Tensor:
+        return sliding_window(
+            image.to(way.sums_on),
+            self.network.to(way.device),
+            self.spec.window,
+            num_outputs=self.spec.labels.num_outputs,
+            batch_size=way.batch_size,
+            autocast=self.autocast,
+            device=way.device,
+        )
+
+    def _check_modality(self, prepared: Prepared, *, any_modality: bool) -> None:
+        try:
+            check_modalities(prepared.modalities, self.spec.channels, prepared.name)
+        except DataError as error:
+            if not any_modality:
+                raise DataError(
+                    error.error_id,
+                    f"{error.message} by this model; add --force to segment it anyway",
+                    where=error.where,
+                ) from None
+            log.warning("W-MODALITY %s: %s by this model", prepared.name, error.message)
 
     def _nothing(self, prepared: Prepared) -> Tensor:
         """Logits that say background, with certainty."""

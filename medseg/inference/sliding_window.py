@@ -65,6 +65,7 @@ def sliding_window(
     num_outputs: int,
     batch_size: int = 1,
     autocast: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Predict a whole volume or picture.
 
@@ -73,12 +74,13 @@ def sliding_window(
     outermost ones standing in for the context they lack. To such a network a picture is a single slice.
 
     Args:
-        image: (C, I, J[, K]), on the network's device.
+        image: (C, I, J[, K]), on the device where the logits are to be put together.
         network: In eval mode; (B, C, patch) → (B, R, patch). For mirroring, see `medseg.inference.tta`.
         window: Patch, overlap and weighting; its `mirror_axes` are not read here.
         num_outputs: R, the network's output channels.
         batch_size: Windows given to the network at once.
         autocast: Lower precision for the network, e.g. ``torch.bfloat16``; None leaves it as it is.
+        device: Where the network is; None: where the image is. Else windows travel there and back.
 
     Returns:
         Logits (R, I, J[, K]), float32.
@@ -86,18 +88,19 @@ def sliding_window(
     if image.ndim == 3:
         thick = sliding_window(
             image.unsqueeze(1 + window.slice_axis), network, window,
-            num_outputs=num_outputs, batch_size=batch_size, autocast=autocast,
+            num_outputs=num_outputs, batch_size=batch_size, autocast=autocast, device=device,
         )  # fmt: skip
         return thick.squeeze(1 + window.slice_axis)
     axes = _axes(image.shape[1:], window, image.device)
     padded = _pad(image, axes)
     logits = torch.zeros((num_outputs, *(axis.covered for axis in axes)), device=image.device)
     windows = _windows(axes)
+    device = device or image.device
     while batch := list(islice(windows, batch_size)):
-        patches = torch.stack([padded[_read(axes, numbers)] for numbers in batch])
-        with torch.autocast(image.device.type, autocast) if autocast else nullcontext():
+        patches = torch.stack([padded[_read(axes, numbers)] for numbers in batch]).to(device)
+        with torch.autocast(device.type, autocast) if autocast else nullcontext():
             predicted = network(patches)  # (B, R, patch)
-        for numbers, patch in zip(batch, predicted.float(), strict=True):
+        for numbers, patch in zip(batch, predicted.float().to(image.device), strict=True):
             logits[_written(axes, numbers)].addcmul_(patch, _weight(axes, numbers))
     return logits[(slice(None), *(axis.inside for axis in axes))]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from medseg.data.checks import check_label_values, check_not_constant, check_pair
+from medseg.data.checks import check_label_values, check_not_constant, check_pair, value_ranges
 from medseg.data.volume_io import read_geometry, read_label, read_volume, write_volume
 from medseg.errors import DataError, GeometryError
 from medseg.geometry import Geometry, Volume
@@ -242,9 +242,10 @@ def test_a_label_elsewhere_is_refused_with_the_distance() -> None:
 
 
 def test_an_image_that_shows_nothing_is_refused() -> None:
-    check_not_constant(volume(), "case_1")
+    check_not_constant(value_ranges(volume()), "case_1", is_picture=False)
     with pytest.raises(DataError, match="E-CONSTANT case_1: every voxel of channel 1 is 3"):
-        check_not_constant(volume(np.stack([VOXELS, np.full(SHAPE, 3, np.int16)])), "case_1")
+        ranges = value_ranges(volume(np.stack([VOXELS, np.full(SHAPE, 3, np.int16)])))
+        check_not_constant(ranges, "case_1", is_picture=False)
 
 
 def test_undeclared_labels_are_refused_and_the_ignore_label_is_not() -> None:

@@ -247,7 +247,12 @@ def read_series(series: Series, *, allow_missing_slices: bool = False) -> Volume
         voxels = _interpolated(voxels, np.array(series.at), shape[2])
         num_there = sum(frame is not None for frame in series.slices)
         log.warning("W-DICOM-INTERPOLATED %s: %d of %d slices are interpolated", where, shape[2] - num_there, shape[2])
-    return Volume(voxels.transpose()[None], series.geometry)  # (1, I, J, K)
+    return Volume(
+        voxels.transpose()[None],  # (1, I, J, K)
+        series.geometry,
+        modalities=(series.modality or None,),
+        shows_text=any(frame.shows_text for frame in series.frames),
+    )
 
 
 def _walk(folder_or_file: Path) -> Iterator[tuple[Path, str | None]]:
@@ -304,7 +309,7 @@ def _frame_problems(frames: Sequence[Frame]) -> list[DataError]:
 
 def _frame_notes(frames: Sequence[Frame]) -> list[str]:
     notes = []
-    if any(frame.has_burned_in_text for frame in frames):
+    if any(frame.shows_text for frame in frames):
         notes.append("W-DICOM-BURNED-IN the picture itself may name the patient; share nothing made of it")
     if not frames[0].series_uid:
         notes.append("W-DICOM-NO-UID files without SeriesInstanceUID, taken together by folder")

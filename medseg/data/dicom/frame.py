@@ -67,7 +67,7 @@ class Frame:
         thickness_mm: SliceThickness, if stated.
         rescale: Slope and intercept, if stated.
         phase: Those of `PHASES` that are stated, as text.
-        has_burned_in_text: The file says that the picture itself names the patient.
+        shows_text: The file says that the picture itself names the patient.
         problem: Why it cannot be read.
     """
 
@@ -84,5 +84,5 @@ class Frame:
     thickness_mm: float | None = None
     rescale: tuple[float, float] | None = None
     phase: Mapping[str, str] = field(default_factory=dict)
-    has_burned_in_text: bool = False
+    shows_text: bool = False
     problem: DataError | None = None

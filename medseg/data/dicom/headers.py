@@ -252,7 +252,7 @@ def _frame(
         thickness_mm=number_of(measures, "SliceThickness") or None,
         rescale=(slope, intercept or 0.0) if slope else None,  # a slope of 0 would make every voxel equal
         phase=phase,
-        has_burned_in_text=text_of(header, "BurnedInAnnotation") == "YES",
+        shows_text=text_of(header, "BurnedInAnnotation") == "YES",
         problem=problem,
     )
 

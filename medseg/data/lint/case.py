@@ -8,6 +8,7 @@ E-MISSING-LABEL       a training case without a label
 E-CHANNELS            more or fewer channels than the manifest names
 E-CONSTANT            a training image that shows nothing (W-CONSTANT where nothing is learned from it)
 E-LABEL-UNDECLARED    label values that the data set does not declare
+E-MODALITY            a scan of another modality than its channel is to be
 W-LABEL-EMPTY         a label map without any label
 W-LABEL-FLOAT         a label map stored as floating-point numbers
 W-HU                  a CT whose values are no Hounsfield units
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.data.checks import check_not_constant, check_pair
+from medseg.data.checks import check_modalities, check_not_constant, check_pair, hounsfield_fault, value_ranges
 from medseg.data.lint.rows import Row, WarningLog, row_of
 from medseg.data.lint.voxels import centers_mm, count_values, digest
 from medseg.data.manifest import Case
@@ -33,9 +34,6 @@ from medseg.data.volume_io import NIFTI_SUFFIXES, is_there, read_label, read_vol
 from medseg.errors import DataError, MedsegError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
-
-HU_RANGE = (-9000.0, 32000.0)
-"""CT values beyond are a wrong slope or a wrong sign; scanners pad with -1024 to -8192 and metal ends at 30,000."""
 
 MASK_VALUE = 255
 """What drawing programs write for "inside" in a mask of one organ."""
@@ -164,19 +162,20 @@ def _image(case: Case, file: Path, rows: list[Row], expected: Expected, *, is_tr
     with _noted(case, file, rows):
         _check_exists(file)
         volume = read_volume(file, select_volume=expected.select_volume, assume_spacing_mm=expected.assume_spacing_mm)
-        ranges = [(float(channel.min()), float(channel.max())) for channel in volume.array]
+        ranges = value_ranges(volume)
         is_constant = any(low == high for low, high in ranges)
-        if is_constant:
-            rows.append(_constant(case, file, volume, is_error=is_training))
+        try:
+            check_not_constant(ranges, str(file), is_picture=volume.geometry.spatial_dims == 2)
+        except DataError as error:
+            kind = "E-CONSTANT" if is_training else "W-CONSTANT"
+            rows.append(Row(kind, error.message, case.id, str(file)))
         first = case.images.index(file)
         kinds = (expected.channels or ())[first:] if len(case.images) > 1 else expected.channels or ()
         for kind, (low, high) in zip(kinds, ranges, strict=False):
-            if kind.upper() == "CT" and low != high and (low >= 0 or low < HU_RANGE[0] or high > HU_RANGE[1]):
-                message = (
-                    f"CT values run from {low:g} to {high:g}: these are no Hounsfield units (air is -1000, fat -100); "
-                    "was the slope or intercept lost?"
-                )
-                rows.append(Row("W-HU", message, case.id, str(file)))
+            if fault := hounsfield_fault(kind, low, high):
+                rows.append(Row("W-HU", fault, case.id, str(file)))
+        with _noted(case, file, rows):
+            check_modalities(volume.modalities, kinds, str(file))
         oriented = volume.oriented("RAS")
         digests = () if is_constant else tuple(digest(channel) for channel in oriented.array)
         return _Image(volume.geometry, len(volume.array), digests)
@@ -245,14 +244,6 @@ def _noted(case: Case, file: Path, rows: list[Row]) -> Iterator[None]:
 def _check_exists(file: Path) -> None:
     if not is_there(file):
         raise DataError("E-MISSING-FILE", "does not exist; check root and paths")
-
-
-def _constant(case: Case, file: Path, volume: Volume, *, is_error: bool) -> Row:
-    try:
-        check_not_constant(volume, str(file))
-    except DataError as error:
-        message = error.message
-    return Row("E-CONSTANT" if is_error else "W-CONSTANT", message, case.id, str(file))
 
 
 def _channel_rows(case: Case, images: Sequence[_Image], expected: Expected) -> Iterator[Row]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
-import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
@@ -43,39 +41,24 @@ def make_slice(z: float = 0.0, pixels: np.ndarray | None = None, *, modality: st
     return file
 
 
+def make_enhanced(pixels: np.ndarray, groups: list[dict[str, dict[str, Any]]], **elements: Any) -> Dataset:
+    """One file of many frames: pixels (K, J, I), and for each frame what its groups say."""
+    file = make_slice(0, pixels[0], **{"ImagePositionPatient": None, "ImageOrientationPatient": None, **elements})
+    del file.PixelSpacing, file.SliceThickness
+    file.NumberOfFrames, file.PixelData = len(pixels), pixels.tobytes()
+    shared = {
+        "PlaneOrientationSequence": {"ImageOrientationPatient": list(AXIAL)},
+        "PixelMeasuresSequence": {"PixelSpacing": [0.5, 0.75], "SliceThickness": 9.0},
+    }
+    file.SharedFunctionalGroupsSequence = [_group(shared)]
+    file.PerFrameFunctionalGroupsSequence = [_group(group) for group in groups]
+    return file
+
+
 def save(file: Dataset, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pydicom.dcmwrite(path, file, enforce_file_format=True)
     return path
-
-
-@pytest.fixture
-def write_slice(tmp_path: Path) -> Callable[..., Path]:
-    """Writes ``make_slice(z, …)`` to a name below `tmp_path`."""
-
-    def write(name: str, z: float = 0.0, pixels: np.ndarray | None = None, **elements: Any) -> Path:
-        return save(make_slice(z, pixels, **elements), tmp_path / name)
-
-    return write
-
-
-@pytest.fixture
-def write_enhanced(tmp_path: Path) -> Callable[..., Path]:
-    """Writes one file of many frames: pixels (K, J, I), and for each frame what its groups say."""
-
-    def write(name: str, pixels: np.ndarray, groups: list[dict[str, dict[str, Any]]], **elements: Any) -> Path:
-        file = make_slice(0, pixels[0], **{"ImagePositionPatient": None, "ImageOrientationPatient": None, **elements})
-        del file.PixelSpacing, file.SliceThickness
-        file.NumberOfFrames, file.PixelData = len(pixels), pixels.tobytes()
-        shared = {
-            "PlaneOrientationSequence": {"ImageOrientationPatient": list(AXIAL)},
-            "PixelMeasuresSequence": {"PixelSpacing": [0.5, 0.75], "SliceThickness": 9.0},
-        }
-        file.SharedFunctionalGroupsSequence = [_group(shared)]
-        file.PerFrameFunctionalGroupsSequence = [_group(group) for group in groups]
-        return save(file, tmp_path / name)
-
-    return write
 
 
 def _group(parts: dict[str, dict[str, Any]]) -> Dataset:

@@ -1,0 +1,1 @@
+"""Many cases: worked through in processes that may die without taking the others' work with them."""
