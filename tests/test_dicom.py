@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+import highdicom as hd
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
+from PIL import Image
+from pydicom.sr.codedict import codes
+from pydicom.uid import generate_uid
 
 from medseg.check import check
 from medseg.data.volume_io import read_label, read_volume
@@ -49,14 +54,28 @@ def test_a_series_with_its_masks_and_a_file_of_the_same_patient_hold_the_same_li
     assert 120 < read_volume(series).array[masks.array == 1].mean() < 160
 
 
-def test_training_and_prediction_take_dicom_folders(home, data_dir):
+def seg_of_the_masks(liver: Path, target: Path) -> Path:
+    """The drawn masks as a SEG, by highdicom; slices and masks count alike."""
+    slices = sorted(map(pydicom.dcmread, (liver / "DICOM_anon").iterdir()), key=lambda one: int(one.InstanceNumber))
+    masks = np.stack([np.array(Image.open(file)) > 0 for file in sorted((liver / "Ground").glob("*.png"))])
+    organ, manual = codes.SCT.Organ, hd.seg.SegmentAlgorithmTypeValues.MANUAL
+    described = [hd.seg.SegmentDescription(1, "Liver", organ, codes.SCT.Liver, manual)]
+    uids = (generate_uid(), 1, generate_uid(), 1)
+    hd.seg.Segmentation(slices, masks, "BINARY", described, *uids, "maker", "model", "1", "serial").save_as(target)
+    return target
+
+
+@pytest.mark.parametrize("kind", ["masks", "SEG"])
+def test_training_and_prediction_take_dicom_folders(home, data_dir, kind):
     liver = data_dir / "dicom_ct_liver"
+    drawn = liver / "Ground" if kind == "masks" else seg_of_the_masks(liver, home / "liver.dcm")
     (image,), (label,) = ((data_dir / "liver_ct" / f"{kind}Tr").glob("*.nii.gz") for kind in ("images", "labels"))
     cases = [
-        {"image": str(liver / "DICOM_anon"), "label": str(liver / "Ground"), "id": "series", "patient": "A", "fold": 0},
+        {"image": str(liver / "DICOM_anon"), "label": str(drawn), "id": "series", "patient": "A", "fold": 0},
         {"image": str(image), "label": str(label), "id": "file", "patient": "B", "fold": 1},
     ]
-    Path("dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "liver"}, "training": cases}))
+    labels = {"labels": {"0": "background", "1": "liver"}, "structures": {"Liver": 1}}
+    Path("dataset.json").write_text(json.dumps({**labels, "training": cases}))
     Path("tiny.yaml").write_text(WORKFLOW)
     run = train(Path("tiny.yaml"), fold="0")["run_dir"]
     (done,) = predict(run, [liver / "DICOM_anon"], output=Path("out"))["done"]
