@@ -19,7 +19,7 @@ from medseg.data.volume_io import WRITABLE_SUFFIXES, write_volume
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.files import remove_leftovers
-from medseg.memory import is_out_of_memory
+from medseg.memory import asked_for, is_out_of_memory
 
 if TYPE_CHECKING:
     from medseg.data.transforms import Prepared
@@ -199,7 +199,9 @@ def _described(error: Exception, case: Case) -> dict[str, str]:
     if isinstance(error, MedsegError):
         return {"error_id": error.error_id, "message": str(error)}
     if is_out_of_memory(error):
-        fault = DataError("E-MEMORY", f"does not fit into memory ({error}); crop it", where=str(case.images[0]))
+        fault = DataError(
+            "E-MEMORY", f"the memory is not enough{asked_for(error)}; crop it, or use more", where=str(case.images[0])
+        )
         return {"error_id": fault.error_id, "message": str(fault)}
     log.debug("case %s", case.id, exc_info=error)
     return {"error_id": "E-INTERNAL", "message": f"{type(error).__name__}: {error}"}

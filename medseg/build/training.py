@@ -267,6 +267,7 @@ def _batches(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fa
         _augmentation(workflow, data.labels, spec, spacing_mm=grid.spacing_mm),
         foreground_ratio=options.foreground_ratio,
         seed=options.seed,
+        slice_axis=workflow.data.slice_axis if workflow.data.context_slices else None,
     )
     workers = _num_workers(workflow)
     last = options.iterations * options.accumulate
