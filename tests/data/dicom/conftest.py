@@ -43,6 +43,20 @@ def make_slice(z: float = 0.0, pixels: np.ndarray | None = None, *, modality: st
     return file
 
 
+def make_enhanced(pixels: np.ndarray, groups: list[dict[str, dict[str, Any]]], **elements: Any) -> Dataset:
+    """One file of many frames: pixels (K, J, I), and for each frame what its groups say."""
+    file = make_slice(0, pixels[0], **{"ImagePositionPatient": None, "ImageOrientationPatient": None, **elements})
+    del file.PixelSpacing, file.SliceThickness
+    file.NumberOfFrames, file.PixelData = len(pixels), pixels.tobytes()
+    shared = {
+        "PlaneOrientationSequence": {"ImageOrientationPatient": list(AXIAL)},
+        "PixelMeasuresSequence": {"PixelSpacing": [0.5, 0.75], "SliceThickness": 9.0},
+    }
+    file.SharedFunctionalGroupsSequence = [_group(shared)]
+    file.PerFrameFunctionalGroupsSequence = [_group(group) for group in groups]
+    return file
+
+
 def save(file: Dataset, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pydicom.dcmwrite(path, file, enforce_file_format=True)
@@ -61,19 +75,10 @@ def write_slice(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def write_enhanced(tmp_path: Path) -> Callable[..., Path]:
-    """Writes one file of many frames: pixels (K, J, I), and for each frame what its groups say."""
+    """Writes ``make_enhanced(…)`` to a name below `tmp_path`."""
 
     def write(name: str, pixels: np.ndarray, groups: list[dict[str, dict[str, Any]]], **elements: Any) -> Path:
-        file = make_slice(0, pixels[0], **{"ImagePositionPatient": None, "ImageOrientationPatient": None, **elements})
-        del file.PixelSpacing, file.SliceThickness
-        file.NumberOfFrames, file.PixelData = len(pixels), pixels.tobytes()
-        shared = {
-            "PlaneOrientationSequence": {"ImageOrientationPatient": list(AXIAL)},
-            "PixelMeasuresSequence": {"PixelSpacing": [0.5, 0.75], "SliceThickness": 9.0},
-        }
-        file.SharedFunctionalGroupsSequence = [_group(shared)]
-        file.PerFrameFunctionalGroupsSequence = [_group(group) for group in groups]
-        return save(file, tmp_path / name)
+        return save(make_enhanced(pixels, groups, **elements), tmp_path / name)
 
     return write
 
