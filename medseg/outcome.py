@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from typer.core import TyperGroup
 
 from medseg.display import console
 from medseg.errors import MedsegError
+from medseg.files import NO_ROOM
 
 Result = Mapping[str, Any]
 
@@ -26,8 +26,6 @@ REFUSED = 2
 SOME_CASES_FAILED = 3
 INTERNAL_ERROR = 4
 INTERRUPTED = 130
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OneMessage(TyperGroup):
@@ -73,7 +71,9 @@ def print_result(result: Result, as_json: bool, table: Callable[[Result], Render
     if as_json:
         sys.stdout.write(json.dumps(_plain(result), allow_nan=False) + "\n")
     else:
-        Console(highlight=False).print((table or _listing)(result), markup=False, soft_wrap=table is None, crop=False)
+        shown = (table or _listing)(result)
+        is_text = isinstance(shown, str | Text)  # one message a line, however long, so that grep and scripts find it
+        Console(highlight=False).print(shown, markup=False, soft_wrap=is_text, crop=False)
 
 
 def _plain(value: Any) -> Any:

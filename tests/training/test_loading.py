@@ -64,7 +64,7 @@ def test_deaths_far_apart_are_not_in_a_row(monkeypatch):
     start, started = starter(Numbers(fatal=11))
     batches = lasting_batches(start, 0, where="train.workers")
     assert [next(batches)[0] for _ in range(28)] == list(range(28))
-    assert len(started) == 3
+    assert len(started) > 2  # more often than in a row; how far a worker read ahead of its death is chance
     batches.close()
 
 
