@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from medseg.build.scoring import dice_result, score_held_out
 from medseg.build.training import check_parts, recorded
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
-from medseg.display import console
+from medseg.display import console, track
 from medseg.errors import Interrupted, TrainingError, WorkflowError
 from medseg.metrics.table import PER_CASE, read_table, write_table
 from medseg.model import save_model
@@ -103,7 +104,7 @@ def _train_fold(
 ) -> Result:
     started = time.monotonic()
     plan = plan.model_copy(update={"validate_": plan.validate_.model_copy(update={"fold": fold})})  # as it is recorded
-    data = _prepare(plan, fold)
+    data = _prepare(plan, fold, hardware)
     display = LiveDisplay(console(), f"{plan.name} fold {fold}", plan.train.iterations)
     with _training_memory(plan):
         trainer = make_trainer(plan, data, observer=display, hardware=hardware)
@@ -147,9 +148,9 @@ def _training_memory(plan: Workflow) -> AbstractContextManager[None]:
     return memory_told(remedy, where=plan.where("train", "patch_size"))
 
 
-def _prepare(plan: Workflow, fold: int) -> TrainingData:
+def _prepare(plan: Workflow, fold: int, hardware: Hardware) -> TrainingData:
     source = manifest(plan)
-    check_parts(plan, source)
+    check_parts(plan, source, hardware)
     with memory_told("set data.cache: disk, or a coarser data.spacing_mm", where=plan.where("data", "cache")):
         return training_data(plan, source, fold)
 
@@ -201,7 +202,7 @@ def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Prog
 def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
     """Every fold, one after the other, as nested MLflow runs under a parent that holds the joint result."""
     source = manifest(plan)
-    check_parts(plan, source)
+    check_parts(plan, source, hardware)
     folds = sorted(set(source.folds().values()))
     for fold in folds:
         source.split(fold)
@@ -245,13 +246,14 @@ def _joint(results: Sequence[Result], path: Path, organs: Sequence[str], parent:
 
 def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
     """Build everything, time a few iterations and one validation case, and extrapolate."""
-    data = _prepare(plan, fold)
+    data = _prepare(plan, fold, hardware)
     display = LiveDisplay(console(), plan.name, plan.train.iterations)
     seconds = []
     with _training_memory(plan):
         trainer = make_trainer(plan, data, observer=display, hardware=hardware)
         asked = time.monotonic()
-        for batch, _ in zip(trainer.batches(0), range(REHEARSED_ITERATIONS * plan.train.accumulate), strict=False):
+        num_steps = REHEARSED_ITERATIONS * plan.train.accumulate
+        for batch in track(islice(trainer.batches(0), num_steps), "rehearsing", total=num_steps):
             loss = trainer.train_step([trainer.fabric.to_device(batch)])
             seconds.append(time.monotonic() - asked)
             asked = time.monotonic()

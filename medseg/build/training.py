@@ -17,6 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from medseg.build.data import TrainingData
+from medseg.build.memory import check_step_fits
 from medseg.build.model import Hardware, find_model, network, specification
 from medseg.data.augment import Augmentation, augmentation
 from medseg.data.dataset import CachedCase, PatchDataset, StepSampler, patch_loader
@@ -46,15 +47,21 @@ from medseg.workflow import Ramp as RampChoice
 from medseg.workflow import Workflow
 
 
-def check_parts(workflow: Workflow, source: Manifest) -> None:
+def check_parts(workflow: Workflow, source: Manifest, hardware: Hardware | None = None) -> None:
     """Build network, loss and augmentation once without memory, so that a slip is told before any case is read.
 
+    Args:
+        workflow: The workflow.
+        source: Its manifest.
+        hardware: What it is to train on; None: the best there is.
+
     Raises:
-        WorkflowError: For the first part that cannot be built, with its line.
+        WorkflowError: For the first part that cannot be built, with its line, and for a step that does not fit.
     """
     spec = specification(workflow, source)
     with torch.device("meta"):
         net = _network(workflow, spec)
+    check_step_fits(workflow, net, len(source.channels), hardware or Hardware())
     _try_loss(workflow, source.labels, loss(workflow, net))
     _augmentation(workflow, source.labels, spec)
     with workflow.blamed("infer", "postprocess"):
