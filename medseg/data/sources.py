@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -11,17 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from medseg.data.checks import check_channel_grid
 from medseg.data.resample import resample_image
 from medseg.data.volume_io import read_label, read_volume
-from medseg.errors import DataError, GeometryError
+from medseg.errors import DataError
 from medseg.geometry import Volume
 from medseg.labels import Labels
 from medseg.model import Preprocessing
-
-MIN_COVERED = 0.5
-"""Share of the first channel's field of view that another must cover; with less, they are hardly one examination."""
-
-log = logging.getLogger("medseg")
 
 Source = Path | str | Volume
 """A file, or a volume that somebody read already."""
@@ -85,19 +80,8 @@ def name_of(sources: Sequence[Source]) -> str:
 def _on_grid_of(first: Volume, other: Volume, where: str) -> Volume:
     """A channel on the first channel's grid, as PET and CT of one examination have grids of their own."""
     grid = first.geometry
-    if other.geometry.matches(grid):
+    if check_channel_grid(grid, other.geometry, where):
         return other
-    covered = grid.share_covered_by(other.geometry)
-    if covered < MIN_COVERED:
-        raise GeometryError(
-            "E-CHANNEL-GRID",
-            f"a channel of {other.geometry.shape} voxels covers {covered:.0%} of the first one's field of view "
-            f"{grid.shape}; give channels of one examination, or resample them first",
-            where=where,
-        )
-    log.warning(
-        "W-CHANNEL-GRID %s: a channel is resampled to the first one's grid (%.0f%% covered)", where, 100 * covered
-    )
     array = resample_image(torch.from_numpy(other.array.astype(np.float32)), other.geometry, grid)
     return replace(other, array=array.numpy(), geometry=grid)
 
