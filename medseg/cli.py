@@ -269,9 +269,10 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .nii.gz, .nrrd, .mha, .png.")],
     *,
     image: Annotated[
-        Path | None, typer.Option(metavar="SCAN", help="What a SEG, an RTSTRUCT or a folder of masks is drawn on.")
+        Path | None, typer.Option(metavar="SCAN", help="The scan that IN, a label map, belongs to or is drawn on.")
     ] = None,
     manifest: Annotated[Path | None, typer.Option(help="Names the labels of a SEG or an RTSTRUCT.")] = None,
+    resample: Annotated[bool, typer.Option("--resample", help="Bring a label map on another grid to SCAN's.")] = False,
     allow_missing_slices: Annotated[
         bool, typer.Option("--allow-missing-slices", help="Interpolate slices that a series lacks.")
     ] = False,
@@ -280,19 +281,20 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a scan or a label map in another format, on its own grid."""
+    """Write a scan or a label map in another format, on its own grid; a tilted one is straightened."""
     with stdout_kept_free():
-        from medseg.data_tools import convert
+        from medseg.data_tools import conversion_text, convert
 
         result = convert(
             source,
             target,
             image=image,
             manifest=manifest,
+            resample=resample,
             force=force,
             allow_missing_slices=allow_missing_slices,
         )
-    print_result(result, as_json)
+    print_result(result, as_json, conversion_text)
 
 
 @data_app.command()

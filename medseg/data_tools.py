@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,18 @@ import numpy as np
 from rich.console import RenderableType
 
 from medseg.data import phantom
+from medseg.data.checks import check_pair
 from medseg.data.manifest import Manifest
-from medseg.data.volume_io import read_label, read_volume, write_volume
+from medseg.data.volume_io import is_drawn, is_series, read_geometry, read_label, read_volume, write_volume
 from medseg.display import progress_bar
 from medseg.errors import DataError
 from medseg.files import remove_leftovers, write_atomically
+from medseg.geometry import Geometry, Volume
 from medseg.registry import did_you_mean
 
 Result = dict[str, Any]
+
+log = logging.getLogger("medseg")
 
 
 def make_phantom(
@@ -94,28 +100,40 @@ def convert(
     *,
     image: Path | None = None,
     manifest: Path | None = None,
+    resample: bool = False,
     force: bool = False,
     allow_missing_slices: bool = False,
 ) -> Result:
-    """Write a scan or a label map, of whatever kind, as NIfTI, NRRD, MetaImage or PNG, on its own grid.
+    """Write a scan or a label map, of whatever kind, as NIfTI, NRRD, MetaImage or PNG.
+
+    It keeps its own grid, but for a sheared one (a tilted gantry), which other programs cannot open: that is
+    straightened, and the label drawn on such a scan alike, so that both still match.
 
     Args:
         source: A file, or a DICOM folder (``folder#uid`` of several series), SEG, RTSTRUCT or folder of masks.
         target: Its suffix says as what.
-        image: The scan that a SEG, an RTSTRUCT or masks are drawn on; makes `source` a label map.
+        image: The scan that `source` belongs to; makes `source` a label map.
         manifest: Names the labels of a SEG or an RTSTRUCT; None: the numbers of its structures count.
+        resample: Bring a label map that stands on another grid to the image's.
         force: Overwrite `target`, and convert a picture that may name the patient.
         allow_missing_slices: Interpolate slices that a series lacks.
 
     Returns:
-        ``output``, ``shape``, ``spacing_mm``, ``orientation``, and ``labels`` (voxels of each) of a label map.
+        ``output``, ``shape``, ``spacing_mm``, ``orientation``; of a label map also ``labels`` (voxels of each value)
+        and ``names`` (of the values that have one).
 
     Raises:
         DataError: If the source cannot be read or may name the patient, or the target exists.
+        GeometryError: If a label map stands on another grid than its image, and may not be resampled.
     """
+    if target.is_dir():
+        raise DataError("E-OUTPUT-EXISTS", "is a folder; give the file to write", where=str(target))
     if target.exists() and not force:
         raise DataError("E-OUTPUT-EXISTS", "exists; add --force to overwrite it", where=str(target))
+    names: dict[int, str] = {}
     if image is None:
+        if resample:
+            raise DataError("E-LABEL-IMAGE", "whose grid? Name the image with --image", where="--resample")
         volume = read_volume(source, allow_missing_slices=allow_missing_slices)
         if volume.shows_text and not force:
             raise DataError(
@@ -127,6 +145,11 @@ def convert(
     else:
         labels = Manifest.load(manifest).labels if manifest else None
         volume = read_label(source, image=image, labels=labels)
+        if not is_drawn(source):
+            volume = _on_grid_of(image, volume, source, resample=resample)
+        names = dict(labels.names) if labels else _structure_names(source)
+    if not volume.geometry.is_orthogonal:
+        volume = _straightened(volume, source, is_label=image is not None)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent)
     write_volume(target, volume)
@@ -136,9 +159,74 @@ def convert(
         "spacing_mm": [round(s, 6) for s in grid.spacing_mm], "orientation": grid.orientation,
     }  # fmt: skip
     if image is not None:
-        values, counts = np.unique(volume.array, return_counts=True)
-        result["labels"] = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+        result["labels"] = _voxels(volume)
+        result["names"] = {value: names[value] for value in result["labels"] if value in names}
     return result
+
+
+def conversion_text(result: Mapping[str, Any]) -> str:
+    """What `convert` wrote, for people."""
+    size, spacing = (" × ".join(f"{n:.4g}" for n in result[key]) for key in ("shape", "spacing_mm"))
+    lines = [f"{result['output']}: {size} voxels of {spacing} mm, axes {result['orientation']}"]
+    names = result.get("names", {})
+    lines += [
+        f"  {value} {names.get(value, 'background' if value == 0 else '')}".rstrip() + f"  {voxels:,} voxels"
+        for value, voxels in result.get("labels", {}).items()
+    ]
+    return "\n".join(lines)
+
+
+def _structure_names(source: Path) -> dict[int, str]:
+    """What a SEG or an RTSTRUCT calls its structures; nothing of what has no names."""
+    if not is_series(source):
+        return {}
+    from medseg.data.dicom.drawn import structure_names  # as only DICOM needs it
+
+    return structure_names(source)
+
+
+def _on_grid_of(image: Path, label: Volume, source: Path, *, resample: bool) -> Volume:
+    """A label map on the grid of its image, where it may be brought there."""
+    grid = read_geometry(image)
+    if not resample:
+        check_pair(Volume(np.broadcast_to(np.uint8(0), (1, *grid.shape)), grid), label, str(source))
+    if label.geometry.matches(grid):
+        return replace(label, geometry=grid)  # to the last digit, so that both are straightened alike
+    moved = _resampled(label, grid, is_label=True)
+    volumes = [{v: n * one.geometry.voxel_ml for v, n in _voxels(one).items() if v} for one in (label, moved)]
+    told = ", ".join(f"label {value} {ml:.4g} → {volumes[1].get(value, 0):.4g} ml" for value, ml in volumes[0].items())
+    log.warning("W-RESAMPLED %s: %s → %s voxels; %s", source, label.geometry.shape, grid.shape, told or "no label")
+    return moved
+
+
+def _straightened(volume: Volume, source: Path, *, is_label: bool) -> Volume:
+    """On a grid with right angles that covers the sheared one."""
+    grid = volume.geometry
+    kind = "as a label map" if is_label else "as an image (of a label map, name its scan with --image)"
+    log.warning(
+        "W-STRAIGHTENED %s: axes %.1f° off the right angle (tilted gantry?); resampled %s to a straight grid, %s → %s voxels",
+        source, grid.tilt_deg, kind, grid.shape, grid.straightened().shape,
+    )  # fmt: skip
+    return _resampled(volume, grid.straightened(), is_label=is_label)
+
+
+def _resampled(volume: Volume, grid: Geometry, *, is_label: bool) -> Volume:
+    """On another grid: images linearly, label maps by the vote of the voxels around; of the same type."""
+    import torch  # takes seconds, and few conversions need it
+
+    from medseg.data.resample import resample_image, resample_label
+
+    if is_label:
+        array = resample_label(torch.from_numpy(np.ascontiguousarray(volume.array)), volume.geometry, grid).numpy()
+    else:
+        array = resample_image(torch.from_numpy(volume.array.astype(np.float32)), volume.geometry, grid).numpy()
+        array = np.rint(array) if volume.array.dtype.kind in "iu" else array
+    return replace(volume, array=array.astype(volume.array.dtype), geometry=grid)
+
+
+def _voxels(label: Volume) -> dict[int, int]:
+    values, counts = np.unique(label.array, return_counts=True)
+    return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
 def _manifest(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,8 +120,18 @@ class Geometry:
     @property
     def is_orthogonal(self) -> bool:
         """Whether the voxel axes stand at right angles (a gantry tilt does not)."""
+        return self._largest_cosine < SHEAR_TOLERANCE
+
+    @property
+    def tilt_deg(self) -> float:
+        """How far the voxel axes are off the right angle, at most."""
+        return math.degrees(math.asin(min(1.0, self._largest_cosine)))
+
+    @property
+    def _largest_cosine(self) -> float:
+        """Between two voxel axes."""
         unit = self._axes / self.spacing_mm
-        return bool(np.abs(unit.T @ unit - np.eye(self.spatial_dims)).max() < SHEAR_TOLERANCE)
+        return float(np.abs(unit.T @ unit - np.eye(self.spatial_dims)).max())
 
     def matches(self, other: Geometry, tolerance: float = AFFINE_TOLERANCE) -> bool:
         """Whether both are the same grid."""

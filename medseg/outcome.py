@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -53,10 +55,20 @@ class OneMessage(TyperGroup):
                 message = f"E-DISK{place}: {error.strerror}; make room, then go on where this ended"
                 _fail(message, INTERNAL_ERROR, debug=ctx.params["debug"])
             if isinstance(error, OSError) and error.filename:
-                _fail(f"E-FILE {error.filename}: {error.strerror}", REFUSED, debug=ctx.params["debug"])
+                _fail(_file_message(error), REFUSED, debug=ctx.params["debug"])
             found = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
             message = f"internal error: {found}; this is a fault of medseg: run with --debug for the traceback"
             _fail(message, INTERNAL_ERROR, debug=ctx.params["debug"])
+
+
+def _file_message(error: OSError) -> str:
+    """Of a file that medseg was about to write, the folder is named and not its own hidden name."""
+    path = Path(os.fsdecode(error.filename))
+    path = path.parent if path.name.startswith(".") and path.suffix == ".tmp" else path
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        file = next((place for place in (path, *path.parents) if place.is_file()), path)
+        return f"E-FILE {file}: is a file; give a folder"
+    return f"E-FILE {path}: {error.strerror}"
 
 
 @contextmanager

@@ -181,6 +181,9 @@ class Workflow(Section):
             Problems: If fields are unknown, missing or of the wrong type: all of them at once.
         """
         plain, positions = read_yaml(path)
+        if "training" in plain and "labels" in plain:
+            message = "is a manifest; give a workflow (YAML) whose data.manifest names it, or check it: medseg check"
+            raise WorkflowError("E-WORKFLOW", f"{message} {path}", where=str(path))
         for assignment in overrides:
             override(plain, positions, assignment)
         try:

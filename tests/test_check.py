@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from medseg.data.volume_io import write_volume
 from medseg.errors import DataError, MedsegError, Problems
 from medseg.geometry import Geometry, Volume
 from medseg.model import Intensity, Preprocessing
+from medseg.workflow import Workflow
 
 SHAPE = (20, 22, 12)
 AFFINE = np.array([[-1.0, 0, 0, 10], [0, -1.0, 0, 20], [0, 0, 2.0, -30], [0, 0, 0, 1]])
@@ -90,8 +92,11 @@ def test_a_sound_workflow_has_no_problem_and_its_needs_are_those_of_the_real_cac
     assert needs["ram_gb"] == needs["cache_gb"]
     assert needs["batch_gb"] * 1e9 == 2 * 16 * 16 * 8 * (4 + 1)
     assert (needs["cases"], needs["iterations"]) == (6, 10)
-    assert "medseg train" in printed(result)
-    assert "--dry-run" in printed(result)
+    assert needs["hours"] > 0
+    assert "one step of 2 × 16 × 16 × 8 voxels takes" in needs["hours_from"]
+    text = " ".join(printed(result).split())
+    assert "That takes roughly" in text
+    assert "--dry-run" in text
 
 
 def test_a_workflows_and_its_datas_faults_are_told_together(home: Path) -> None:
@@ -208,12 +213,65 @@ def test_a_folder_of_scans_is_preflighted(home: Path) -> None:
         check(home / "empty")
 
 
+def test_a_folder_with_its_manifest_is_checked_by_it_and_one_without_says_that_no_label_was_read(home: Path) -> None:
+    (home / "labels/scan_2.nii.gz").write_bytes(b"")
+    result = check(home)
+    assert found(result) == {("E-NIFTI-EMPTY", "scan_2")}
+    assert result["checked"] == 6
+    assert "NO LABEL" not in printed(result)
+    assert "NO LABEL WAS LOOKED AT" in printed(check(home / "images"))
+
+
+def test_the_footer_tells_corrected_problems_from_cases_left_out(home: Path) -> None:
+    label = np.zeros((1, *SHAPE), np.float32)
+    label[0, 3:9, 4:10, 2:6] = 1
+    write_volume(home / "labels/scan_0.nii.gz", Volume(label, Geometry(SHAPE, AFFINE)))
+    (home / "labels/scan_2.nii.gz").write_bytes(b"")
+    text = printed(check(home / "dataset.json"), width=200)
+    assert "corrects 1 problem and leaves out 1 case that cannot be used" in text
+
+
+def test_volumes_and_orientations_are_told_of_volumes_alone(tmp_path: Path) -> None:
+    grid = Geometry.from_spacing((20, 22), (1.0, 1.0))
+    for n in range(2):
+        write_volume(
+            tmp_path / f"{n}.png", Volume(np.arange(440, dtype=np.uint8).reshape(1, 20, 22) + np.uint8(n), grid)
+        )
+        write_volume(tmp_path / f"m{n}.png", Volume(np.eye(20, 22, dtype=np.uint8)[None], grid))
+    training = [{"image": f"{n}.png", "label": f"m{n}.png"} for n in range(2)]
+    labels = {"0": "background", "1": "cell"}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels, "training": training}))
+    result = check(tmp_path)
+    assert result["orientations"] == {}
+    assert result["labels"]["1"]["ml"] is None
+    assert "ml" not in printed(result)
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"labels": labels, "modality": {"0": "R", "1": "G", "2": "B"}, "training": training})
+    )
+    assert "select_volume" not in json.dumps(check(tmp_path)["rows"])
+
+
+def test_hours_grow_with_the_iterations_and_a_large_patch_is_scaled_from_a_smaller_one(home: Path) -> None:
+    change(home / "tiny.yaml", "iterations: 10", "iterations: 1000000")
+    change(home / "tiny.yaml", "[16, 16, 8]", "[512, 512, 512]")
+    started = time.monotonic()
+    needs = check(home / "tiny.yaml")["needs"]
+    assert time.monotonic() - started < 60
+    assert needs["hours"] > 100
+    assert "scaled to 2 × 512 × 512 × 512" in needs["hours_from"]
+
+
+def test_a_manifest_given_as_a_workflow_is_called_one(home: Path) -> None:
+    with pytest.raises(MedsegError, match=r"dataset\.json: is a manifest; give a workflow"):
+        Workflow.load(home / "dataset.json")
+
+
 def test_one_scan_can_be_checked(home: Path) -> None:
     result = check(home / "images/scan_0.nii.gz")
     assert (result["checked"], result["rows"]) == (1, [])
 
 
-def test_people_see_errors_first_and_twenty_cases_of_a_kind(tmp_path: Path) -> None:
+def test_people_see_errors_first_and_a_sentence_that_is_the_same_once(tmp_path: Path) -> None:
     write_data(tmp_path, 30)
     for n in range(26):
         (tmp_path / f"images/scan_{n}.nii.gz").unlink()
@@ -223,11 +281,12 @@ def test_people_see_errors_first_and_twenty_cases_of_a_kind(tmp_path: Path) -> N
     assert (result["errors"], result["warnings"]) == (27, 1)
     assert len(result["rows"]) == 28
     text = printed(result)
-    assert text.startswith("30 cases checked: 27 errors, 1 warning\norientation: LPS in 4\n")
+    assert text.startswith("30 cases checked: 27 errors, 1 warning\nas ")
+    assert "\norientation: LPS in 4\n" in text
     assert text.index("E-MISSING-FILE") < text.index("E-NIFTI-EMPTY") < text.index("W-LABEL-EMPTY")
     assert "26 errors" in text
-    assert text.count("does not exist") == 20
-    assert "… and 6 more; --json lists all" in text
+    assert text.count("does not exist") == 1, "one sentence for all"
+    assert "26 cases: scan_0, scan_1, scan_2 …" in text
     assert "labels/scan_29.nii.gz: the file is empty" in text
 
 

@@ -306,6 +306,18 @@ def test_phantom_makes_a_data_set(tmp_path: Path) -> None:
     assert (tmp_path / "set" / "images" / "case_000.nii.gz").exists()
 
 
+def test_a_file_where_a_folder_must_be_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    result = medseg("data", "phantom", str(tmp_path / "taken"), "--cases", "1")
+    assert result.exit_code == 2
+    assert f"E-FILE {tmp_path / 'taken'}: is a file; give a folder" in result.stderr
+
+
+def test_a_folder_that_takes_no_file_is_named_rather_than_the_hidden_file(fake: Fake) -> None:
+    fake("train", FileNotFoundError(2, "No such file or directory", "/proc/.1a2b3c4d.host.17.tmp"))
+    assert medseg("train", "liver.yaml").stderr.splitlines()[1:] == ["E-FILE /proc: No such file or directory"]
+
+
 def test_schema_describes_a_workflow(tmp_path: Path) -> None:
     file = tmp_path / "new" / "schema.json"
     assert medseg("schema", "-o", str(file)).exit_code == 0

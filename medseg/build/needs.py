@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from medseg.build.data import preprocessing
 from medseg.build.model import network, specification
+from medseg.build.pace import hours, measured_pace
 from medseg.build.training import check_parts
 from medseg.data.dataset import VOXELS_PER_CLASS
 from medseg.data.lint.case import CaseFacts
@@ -55,13 +56,11 @@ def workflow_rows(workflow: Workflow, source: Manifest, facts: Sequence[CaseFact
 
 
 def needs(workflow: Workflow, source: Manifest, facts: Sequence[CaseFacts]) -> dict[str, Any]:
-    """Memory, disk and work, from the grids of the cases that can be read.
-
-    Hours are not guessed: a rehearsal measures them.
+    """Memory, disk and time, from the grids of the cases that can be read.
 
     Returns:
-        ``cases, cache_gb, cache_folder, free_disk_gb, ram_gb, machine_ram_gb, batch_gb, patches_gb, iterations,
-        hours_from``.
+        ``cases, cache_gb, cache_folder, free_disk_gb, ram_gb, machine_ram_gb, batch_gb, patches_gb, iterations, hours,
+        hours_from, rehearsal``; no hours where no case can be read or the network cannot be built.
     """
     channels, patch = len(source.channels), _patch(workflow)
     grids = _grids(workflow, source, facts)
@@ -71,6 +70,7 @@ def needs(workflow: Workflow, source: Manifest, facts: Sequence[CaseFacts]) -> d
     cache = voxels * (channels * IMAGE_BYTES + label_bytes) + len(grids) * index_bytes
     options, folder = workflow.train, cache_folder()
     batch = options.batch_size * math.prod(patch) * (channels * 4 + label_bytes)
+    pace = measured_pace(workflow, source, patch)
     return {
         "cases": len(grids),
         "cache_gb": cache / GB,
@@ -81,7 +81,9 @@ def needs(workflow: Workflow, source: Manifest, facts: Sequence[CaseFacts]) -> d
         "batch_gb": batch / GB,
         "patches_gb": batch * options.iterations * options.accumulate / GB,
         "iterations": options.iterations,
-        "hours_from": f"medseg train {workflow.file} --dry-run",
+        "hours": hours(workflow, pace, _held_out_shapes(workflow, source, grids), patch) if pace and grids else None,
+        "hours_from": pace.how if pace else None,
+        "rehearsal": f"medseg train {workflow.file} --dry-run",
     }
 
 
@@ -186,6 +188,17 @@ def _grids(workflow: Workflow, source: Manifest, facts: Sequence[CaseFacts]) -> 
         return {}
     dims = len(resolved.spacing_mm) if resolved.spacing_mm else None  # a spacing for volumes fits no picture
     return {f.case.id: resolved.geometry(g) for f, g in _usable(facts) if dims in (None, g.spatial_dims)}
+
+
+def _held_out_shapes(workflow: Workflow, source: Manifest, grids: Mapping[str, Geometry]) -> list[tuple[int, ...]]:
+    """Shapes of the validation cases in three axes: pictures have a thickness."""
+    try:
+        names = [case.id for case in source.split(workflow.validate_.fold)[1]]
+    except MedsegError:  # told by `workflow_rows`
+        names = []
+    shapes = [grids[name].shape for name in names if name in grids]
+    at = workflow.data.slice_axis
+    return [shape if len(shape) == 3 else (*shape[:at], 1, *shape[at:]) for shape in shapes]
 
 
 def _resolved(workflow: Workflow, source: Manifest, facts: Sequence[CaseFacts]) -> Preprocessing | None:

@@ -3,6 +3,8 @@
 ===================== ==================================================================
 E-PAIR-SHAPE          image and label of different shapes
 E-PAIR-AFFINE         image and label of one shape, at different places
+E-CHANNEL-GRID        a channel that shows another part of the patient than the first one
+W-CHANNEL-GRID        a channel on a grid of its own: it is resampled to the first one's
 E-CONSTANT            an image that shows nothing
 E-LABEL-UNDECLARED    label values that the data set does not declare
 E-MODALITY            a scan of another modality than its channel is to be
@@ -12,6 +14,7 @@ W-HU                  a CT whose values are no Hounsfield units
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,11 +24,14 @@ import numpy.typing as npt
 
 from medseg.data.headers import corner_distance_mm
 from medseg.errors import DataError, GeometryError
-from medseg.geometry import Volume
+from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
 
 HU_RANGE = (-9000.0, 32000.0)
 """CT values beyond are a wrong slope or a wrong sign; scanners pad with -1024 to -8192 and metal ends at 30,000."""
+
+MIN_COVERED = 0.5
+"""Share of the first channel's field of view that another must cover; with less, they are hardly one examination."""
 
 CHANNEL_NAMES = {
     "CT": ("ct", "cta", "cbct"),
@@ -35,9 +41,14 @@ CHANNEL_NAMES = {
 }
 """DICOM's modality, and the words that name it in a manifest's channels."""
 
+_ADVICE = (
+    "give the label of this image, or put it on the image's grid: "
+    "medseg data convert LABEL NEW_LABEL --image IMAGE --resample"
+)
+
 
 def check_pair(image: Volume, label: Volume, where: str) -> None:
-    """Refuse an image and a label (or two channels) that do not stand on the same grid.
+    """Refuse an image and a label that do not stand on the same grid.
 
     Args:
         image: The one that counts.
@@ -51,8 +62,7 @@ def check_pair(image: Volume, label: Volume, where: str) -> None:
     if grid.shape != other.shape:
         raise GeometryError(
             "E-PAIR-SHAPE",
-            f"image {grid.shape} but label {other.shape} voxels; give the label of this image, "
-            "or resample it to its grid",
+            f"image {grid.shape} but label {other.shape} voxels; {_ADVICE}",
             where=where,
         )
     if not grid.matches(other):
@@ -60,9 +70,31 @@ def check_pair(image: Volume, label: Volume, where: str) -> None:
         raise GeometryError(
             "E-PAIR-AFFINE",
             f"image and label lie up to {distance:.3g} mm apart (image {grid.orientation}, label {other.orientation}); "
-            "give the label of this image, or resample it to its grid",
+            f"{_ADVICE}",
             where=where,
         )
+
+
+def check_channel_grid(first: Geometry, other: Geometry, where: str) -> bool:
+    """Whether a channel stands on the first one's grid; told where it must be resampled to it.
+
+    Raises:
+        GeometryError: If it shows another part of the patient.
+    """
+    if other.matches(first):
+        return True
+    covered = first.share_covered_by(other)
+    if covered < MIN_COVERED:
+        raise GeometryError(
+            "E-CHANNEL-GRID",
+            f"a channel of {other.shape} voxels covers {covered:.0%} of the first one's field of view "
+            f"{first.shape}; give channels of one examination, or resample them first",
+            where=where,
+        )
+    logging.getLogger("medseg").warning(
+        "W-CHANNEL-GRID %s: a channel is resampled to the first one's grid (%.0f%% covered)", where, 100 * covered
+    )
+    return False
 
 
 def value_ranges(image: Volume) -> tuple[tuple[float, float], ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from medseg.data.manifest import Case, Manifest, case_id
+from medseg.data.manifest import Case, Manifest, case_id, told_apart
 from medseg.data.volume_io import PICTURE_SUFFIXES, READABLE_SUFFIXES
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.registry import did_you_mean
@@ -23,6 +23,8 @@ PROBABILITIES = "_probabilities"
 
 def find_cases(inputs: Sequence[Path], *, split: str | None = None) -> list[Case]:
     """The cases that the inputs mean.
+
+    Scans whose files share a name are told apart by their folders, see `told_apart`; those of manifests come last.
 
     Args:
         inputs: Files, folders (searched recursively) and manifests, in any mixture.
@@ -39,14 +41,19 @@ def find_cases(inputs: Sequence[Path], *, split: str | None = None) -> list[Case
     manifests = [path for path in inputs if path.suffix == MANIFEST_SUFFIX]
     if split and not manifests:
         raise WorkflowError("E-SPLIT", f"{split!r} is part of a manifest, but the input is none", where="--split")
-    cases: list[Case] = []
+    described: list[Case] = []
+    found: list[Case] = []
     for path in inputs:
         if path in manifests:
             manifest = Manifest.load(path)
-            cases += manifest_cases(manifest, split or ("test" if manifest.test else "training"))
+            described += manifest_cases(manifest, split or ("test" if manifest.test else "training"))
         else:
-            cases += _folder_cases(path) if path.is_dir() else [_file_case(path, case_id(path))]
-    return cases
+            found += _folder_cases(path) if path.is_dir() else [_file_case(path, case_id(path))]
+    names = told_apart([case.id for case in found], [Path(os.path.abspath(case.images[0])) for case in found])
+    return [
+        *(replace(case, id=name, patient=name) for case, name in zip(found, names, strict=True)),
+        *described,
+    ]
 
 
 def manifest_cases(manifest: Manifest, split: str) -> tuple[Case, ...]:
@@ -93,7 +100,7 @@ def check_unique(cases: Sequence[Case]) -> None:
 
 
 def _folder_cases(folder: Path) -> list[Case]:
-    """Every scan below a folder: called after its file, or after its path where files share a name.
+    """Every scan below a folder, called after its file.
 
     Pictures count where there is nothing else: beside scans they are previews and screenshots.
     """
@@ -110,11 +117,7 @@ def _folder_cases(folder: Path) -> list[Case]:
     if not (files or series):
         known = ", ".join(READABLE_SUFFIXES)
         raise DataError("E-NO-INPUT", f"holds no {known} file and no DICOM series", where=str(folder))
-    cases = [_file_case(path, case_id(path)) for path in files]
-    if len({case.id for case in cases}) < len(cases):
-        parts = [(*case.images[0].relative_to(folder).parts[:-1], case.id) for case in cases]
-        cases = [replace(case, id="_".join(names)) for case, names in zip(cases, parts, strict=True)]
-    return [*cases, *series]
+    return [*(_file_case(path, case_id(path)) for path in files), *series]
 
 
 def _series_cases(folder: Path) -> list[Case]:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -19,17 +20,27 @@ from typing import Any
 
 import numpy as np
 
-from medseg.data.volume_io import is_there
+from medseg.data.volume_io import READABLE_SUFFIXES, is_there
 from medseg.errors import DataError, MedsegError, Problems
 from medseg.labels import Labels
 from medseg.registry import did_you_mean
 
-SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 NUM_FOLDS = 5
 LEAVES_ROOT = "allow_outside_root"
 KEYS = (
     *("name", "format", "labels", "regions", "region_order", "ignore_label", "pairs", "modality", "channel_names"),
-    *("root", LEAVES_ROOT, "training", "test", "phantom", "licence", "source", "download"),
+    *(
+        "structures",
+        "seg_threshold",
+        "root",
+        LEAVES_ROOT,
+        "training",
+        "test",
+        "phantom",
+        "licence",
+        "source",
+        "download",
+    ),
 )
 
 log = logging.getLogger("medseg")
@@ -123,21 +134,22 @@ class Manifest:
         except DataError as error:
             raise DataError(error.error_id, error.message, where=str(path)) from None
         except (TypeError, ValueError, AttributeError):
-            raise DataError(
-                "E-LABELS", 'labels must look like {"0": "background", "1": "liver"}', where=str(path)
-            ) from None
+            raise DataError("E-LABELS", _labels_advice(data["labels"]), where=str(path)) from None
         root = _root(data, path)
         modality = data.get("modality") or data.get("channel_names") or {"0": "image"}
         channels = tuple(modality.values()) if isinstance(modality, dict) else tuple(modality)
         may_leave = data.get(LEAVES_ROOT, False)
         if not isinstance(may_leave, bool):
             raise DataError("E-MANIFEST", f"{LEAVES_ROOT} must be true or false, found {may_leave!r}", where=str(path))
+        entries = {split: _entries(data, split, path) for split in ("training", "test")}
+        names = iter(case_ids([*entries["training"], *entries["test"]]))
         cases: dict[str, tuple[Case, ...]] = {}
         outside: dict[str, tuple[Path, ...]] = {}
-        for split in ("training", "test"):
-            entries = data.get(split) or []
-            cases[split] = tuple(_case(entry, root, f"{path}: {split}[{n}]") for n, entry in enumerate(entries))
-            for case, entry in zip(cases[split], entries, strict=True):
+        for split, listed in entries.items():
+            cases[split] = tuple(
+                _case(entry, next(names), root, f"{path}: {split}[{n}]") for n, entry in enumerate(listed)
+            )
+            for case, entry in zip(cases[split], listed, strict=True):
                 outside[case.id] = () if may_leave else _outside(case, entry, root, is_stated=bool(data.get("root")))
         manifest = cls(
             name=str(data.get("name") or path.stem),
@@ -300,10 +312,37 @@ def assign_folds(patients: Sequence[str], num_folds: int = NUM_FOLDS) -> dict[st
 
 def case_id(image: Path) -> str:
     """File name without its suffix: ``liver_012.nii.gz`` is case ``liver_012``."""
-    for suffix in SUFFIXES:
+    for suffix in READABLE_SUFFIXES:
         if image.name.lower().endswith(suffix):
             return image.name[: -len(suffix)]
     return image.stem
+
+
+def told_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """Names, those that several share preceded by the folders that tell their files apart.
+
+    ``STS_008/CT/image.nii.gz`` and ``STS_009/CT/image.nii.gz``: ``STS_008_CT_image`` and ``STS_009_CT_image``.
+
+    Args:
+        names: Of each file, without folders.
+        paths: The files, as absolute paths.
+    """
+    numbers = Counter(names)
+    if len(numbers) == len(names):
+        return list(names)
+    shared = os.path.commonpath([path.parent for path, name in zip(paths, names, strict=True) if numbers[name] > 1])
+    return [
+        "_".join((*path.parent.relative_to(shared).parts, name)) if numbers[name] > 1 else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def case_ids(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The ids of a manifest's cases: as stated, or from their first image, see `told_apart`."""
+    unnamed = [entry for entry in entries if not entry.get("id")]
+    images = [Path(os.path.normpath("/" / Path(expand_variables(_images(entry)[0])))) for entry in unnamed]
+    names = iter(told_apart([case_id(image) for image in images], images))
+    return [str(entry.get("id") or next(names)) for entry in entries]
 
 
 def cache_folder() -> Path:
@@ -367,6 +406,18 @@ def _warn_of_typos(data: Mapping[str, Any], path: Path) -> None:
             log.warning("W-MANIFEST-KEY %s: %r is ignored; did you mean %r?", path, key, close[0])
 
 
+def _labels_advice(labels: Any) -> str:
+    """What to write instead of labels that tell no numbers."""
+    like = 'labels must look like {"0": "background", "1": "liver"}'
+    if not isinstance(labels, dict):
+        return f"{like}; found {labels!r}"
+    for name, value in labels.items():
+        if isinstance(value, str) and value.isdecimal() and not name.isdecimal():
+            return f'{like}; for {{"{name}": "{value}"}} write {{"{value}": "{name}"}}, the number first'
+    wrong = next((name for name, value in labels.items() if isinstance(value, str) and not name.isdecimal()), None)
+    return f"{like}; {wrong!r} is no number" if wrong is not None else like
+
+
 def _root(data: Mapping[str, Any], path: Path) -> Path:
     if data.get("phantom"):
         digest = hashlib.sha256(json.dumps(data["phantom"], sort_keys=True).encode()).hexdigest()[:12]
@@ -374,14 +425,25 @@ def _root(data: Mapping[str, Any], path: Path) -> Path:
     return path.parent.absolute() / expand_variables(str(data.get("root") or "."), str(path))
 
 
-def _case(entry: Any, root: Path, where: str) -> Case:
-    if isinstance(entry, str):  # the Decathlon lists its test scans as plain paths
-        entry = {"image": entry}
-    if not isinstance(entry, dict) or "image" not in entry:
-        raise DataError("E-MANIFEST", "a case needs an 'image'", where=where)
-    images = tuple(_path(root, image, where) for image in _images(entry))
-    label = _path(root, entry["label"], where) if entry.get("label") else None
-    name = str(entry.get("id") or case_id(images[0]))
+def _entries(data: Mapping[str, Any], split: str, path: Path) -> list[Mapping[str, Any]]:
+    """The cases of a split as objects whose paths are texts."""
+    entries: list[Mapping[str, Any]] = []
+    for n, entry in enumerate(data.get(split) or []):
+        where = f"{path}: {split}[{n}]"
+        entry = {"image": entry} if isinstance(entry, str) else entry  # the Decathlon lists its test scans as paths
+        if not isinstance(entry, dict) or not entry.get("image"):
+            raise DataError("E-MANIFEST", "a case needs an 'image'", where=where)
+        for text in (*_images(entry), *filter(None, [entry.get("label")])):
+            if not isinstance(text, str):
+                raise DataError("E-MANIFEST", f"{text!r} is not a path", where=where)
+            expand_variables(text, where)
+        entries.append(entry)
+    return entries
+
+
+def _case(entry: Mapping[str, Any], name: str, root: Path, where: str) -> Case:
+    images = tuple(_path(root, image) for image in _images(entry))
+    label = _path(root, entry["label"]) if entry.get("label") else None
     fold = entry.get("fold")
     if fold is not None and not isinstance(fold, int):
         raise DataError("E-FOLD", f"fold {fold!r} is not a whole number", where=where)
@@ -393,9 +455,9 @@ def _images(entry: Mapping[str, Any]) -> list[Any]:
     return entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
 
 
-def _outside(case: Case, entry: Any, root: Path, *, is_stated: bool) -> tuple[Path, ...]:
+def _outside(case: Case, entry: Mapping[str, Any], root: Path, *, is_stated: bool) -> tuple[Path, ...]:
     """The files of a case that its manifest may not name, see `Manifest.check_root`."""
-    texts = [entry] if isinstance(entry, str) else [*_images(entry), *filter(None, [entry.get("label")])]
+    texts = [*_images(entry), *filter(None, [entry.get("label")])]
     return tuple(
         file
         for file, text in zip(case.files, texts, strict=True)
@@ -422,10 +484,8 @@ def _stated_hashes(stated: Any, images: Sequence[Path], label: Path | None, wher
     return {path: str(digest).lower() for path, digest in known.items()}
 
 
-def _path(root: Path, text: Any, where: str) -> Path:
-    if not isinstance(text, str):
-        raise DataError("E-MANIFEST", f"{text!r} is not a path", where=where)
-    return Path(os.path.normpath(root / expand_variables(text, where)))
+def _path(root: Path, text: str) -> Path:
+    return Path(os.path.normpath(root / expand_variables(text)))
 
 
 def _with_unique_ids(manifest: Manifest) -> Manifest:

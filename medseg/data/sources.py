@@ -11,20 +11,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from medseg.data.checks import check_channel_grid
 from medseg.data.resample import resample_image
 from medseg.data.volume_io import read_label, read_volume
-from medseg.errors import DataError, GeometryError
+from medseg.errors import DataError
 from medseg.geometry import Volume
 from medseg.labels import Labels
 from medseg.model import Preprocessing
 
-MIN_COVERED = 0.5
-"""Share of the first channel's field of view that another must cover; with less, they are hardly one examination."""
-
-log = logging.getLogger("medseg")
-
 Source = Path | str | Volume
 """A file, or a volume that somebody read already."""
+
+_OF_VOLUMES = "Of a 4D file, select_volume takes one"
+_OF_PICTURES = "Convert the pictures, or correct the manifest's modality"
+
+log = logging.getLogger("medseg")
 
 
 def read_image(sources: Sequence[Source], preprocessing: Preprocessing) -> Volume:
@@ -43,9 +44,10 @@ def read_image(sources: Sequence[Source], preprocessing: Preprocessing) -> Volum
     volumes = [first, *(_on_grid_of(first, other, name_of(sources)) for other in others)]
     num_channels, expected = sum(len(volume.array) for volume in volumes), len(preprocessing.intensity)
     if num_channels != expected:
+        is_picture = first.geometry.spatial_dims == 2
         raise DataError(
             "E-CHANNELS",
-            f"{num_channels} channels; expected {expected}. Of a 4D file, select_volume takes one",
+            f"{num_channels} channels; expected {expected}. {_OF_PICTURES if is_picture else _OF_VOLUMES}",
             where=name_of(sources),
         )
     if len(volumes) == 1:
@@ -97,19 +99,8 @@ def _compare_frames(channels: Sequence[Volume], where: str) -> None:
 def _on_grid_of(first: Volume, other: Volume, where: str) -> Volume:
     """A channel on the first channel's grid, as PET and CT of one examination have grids of their own."""
     grid = first.geometry
-    if other.geometry.matches(grid):
+    if check_channel_grid(grid, other.geometry, where):
         return other
-    covered = grid.share_covered_by(other.geometry)
-    if covered < MIN_COVERED:
-        raise GeometryError(
-            "E-CHANNEL-GRID",
-            f"a channel of {other.geometry.shape} voxels covers {covered:.0%} of the first one's field of view "
-            f"{grid.shape}; give channels of one examination, or resample them first",
-            where=where,
-        )
-    log.warning(
-        "W-CHANNEL-GRID %s: a channel is resampled to the first one's grid (%.0f%% covered)", where, 100 * covered
-    )
     array = resample_image(torch.from_numpy(other.array.astype(np.float32)), other.geometry, grid)
     return replace(other, array=array.numpy(), geometry=grid)
 

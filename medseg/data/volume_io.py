@@ -5,11 +5,13 @@ what these find, refused (`DataError`) or mended (a warning on the logger ``meds
 
 ===================== ==================================================================
 E-SUFFIX              a kind of file that is not read, or not written
+E-MISSING-FILE        no such file or folder
+E-DICOM-NO-SERIES     a folder without DICOM
 E-SELECT-VOLUME       the file has no such volume
 E-NOT-FINITE          more than `MAX_BAD_SHARE` of the voxels are NaN or infinite
 E-LABEL-CHANNELS      a label map with several channels
 E-LABEL-VALUES        label values that are no integers
-E-LABEL-IMAGE         a label drawn on a DICOM series, and no such series beside it
+E-LABEL-IMAGE         a label drawn on a DICOM series, or a folder of masks, and no such series beside it
 W-NOT-FINITE          a few voxels NaN or infinite, set to the lowest value of their channel
 ===================== ==================================================================
 """
@@ -111,7 +113,7 @@ def read_label(
         from medseg.data.dicom.drawn import read_drawn
 
         if image is None:
-            raise DataError("E-LABEL-IMAGE", "is drawn on a series; name that series too", where=str(path))
+            raise DataError("E-LABEL-IMAGE", "is drawn on a series; name that series too (--image)", where=str(path))
         return read_drawn(path, image, read_geometry(image), labels=labels)
     volume = _read(path, assume_spacing_mm, is_label=True)
     if len(volume.array) != 1:
@@ -205,8 +207,11 @@ def files_of(path: Path) -> tuple[Path, ...]:
         return (path,)
     if path.is_dir() and not is_series(path):
         return tuple(sorted(file for file in path.glob("[!.]*") if file.is_file()))
-    from medseg.data.dicom.folder import find_one
+    from medseg.data.dicom.drawn import only_drawing
+    from medseg.data.dicom.folder import find_one, find_series
 
+    if path.is_dir() and not find_series(path).series:
+        return (only_drawing(path),)
     return find_one(path).files
 
 
@@ -214,7 +219,24 @@ def _suffix(path: Path, known: Sequence[str] = READABLE_SUFFIXES) -> str:
     for suffix in known:
         if path.name.lower().endswith(suffix):
             return suffix
-    raise DataError("E-SUFFIX", f"unknown kind of file {path.suffix!r}; known: {', '.join(known)}", where=str(path))
+    raise _unknown_kind(path, known)
+
+
+def _unknown_kind(path: Path, known: Sequence[str]) -> DataError:
+    """What is wrong with a path that names no kind of file, and no DICOM."""
+    where = str(path)
+    if known is WRITABLE_SUFFIXES:
+        return DataError("E-SUFFIX", f"unknown kind of file {path.suffix!r}; known: {', '.join(known)}", where=where)
+    if not path.exists():
+        return DataError("E-MISSING-FILE", "does not exist; check the path", where=where)
+    if not path.is_dir():
+        return DataError("E-SUFFIX", f"is not DICOM, whatever its name; other files end in {', '.join(known)}", where)
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    if any(name.lower().endswith(PICTURE_SUFFIXES) for name in names):
+        message = "holds pictures, no DICOM; if they are masks, one for each slice of a scan, add --image SCAN"
+        return DataError("E-LABEL-IMAGE", message, where=where)
+    message = f"holds no DICOM {f'among {len(names)} files' if names else '(it is empty)'}; give the folder of a scan"
+    return DataError("E-DICOM-NO-SERIES", message, where=where)
 
 
 def _read(

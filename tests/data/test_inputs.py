@@ -3,8 +3,9 @@ import json
 import pytest
 
 from medseg.data.inputs import find_cases, manifest_cases
+from medseg.data.lint.draft import read_draft
 from medseg.data.manifest import Manifest
-from medseg.errors import WorkflowError
+from medseg.errors import DataError, WorkflowError
 
 
 def ids(cases) -> list[str]:
@@ -45,3 +46,28 @@ def test_a_part_that_a_manifest_has_not_is_refused(tmp_path, split):
     (tmp_path / "set.json").write_text(json.dumps({"labels": {"0": "background", "1": "a"}, "training": entries}))
     with pytest.raises(WorkflowError, match="E-SPLIT"):
         manifest_cases(Manifest.load(tmp_path / "set.json"), split)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders_wherever_they_are_named(tmp_path):
+    for patient in ("P1", "P2"):
+        (tmp_path / patient / "CT").mkdir(parents=True)
+        (tmp_path / patient / "CT" / "image.nii.gz").touch()
+    (tmp_path / "other.nii.gz").touch()
+    expected = ["P1_CT_image", "P2_CT_image"]
+    assert sorted(ids(find_cases([tmp_path]))) == [*expected, "other"]
+    assert ids(find_cases([tmp_path / "P1", tmp_path / "P2" / "CT" / "image.nii.gz"])) == expected
+    training = [
+        {"image": f"{patient}/CT/image.nii.gz", "label": "l.nii", "patient": patient} for patient in ("P1", "P2")
+    ]
+    (tmp_path / "set.json").write_text(json.dumps({"labels": {"0": "background", "1": "a"}, "training": training}))
+    assert ids(Manifest.load(tmp_path / "set.json").training) == expected
+    assert [case.id for case in read_draft(tmp_path / "set.json").manifest.training] == expected
+    assert read_draft(tmp_path / "set.json").rows == ()
+
+
+@pytest.mark.parametrize("labels", [{"liver": "1"}, {"background": "0", "liver": "1"}])
+def test_labels_with_numbers_as_text_are_answered_with_what_to_write(tmp_path, labels):
+    (tmp_path / "set.json").write_text(json.dumps({"labels": labels, "training": []}))
+    name, value = next(iter(labels.items()))
+    with pytest.raises(DataError, match=f'write {{"{value}": "{name}"}}'):
+        Manifest.load(tmp_path / "set.json")

@@ -13,14 +13,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from PIL import Image
 
 from medseg.check import check
 from medseg.data.lint.rows import warnings_kept
 from medseg.data.lint.sides import SidedPair, named_pairs, sided_pairs
 from medseg.data.lint.voxels import centers_mm, count_values, digest
-from medseg.data.volume_io import read_label
-from medseg.errors import DataError, WorkflowError
+from medseg.data.sources import read_image
+from medseg.data.volume_io import read_geometry, read_label
+from medseg.errors import DataError, GeometryError, WorkflowError
 from medseg.geometry import Geometry
+from medseg.model import Intensity, Preprocessing
+
+from .dicom.test_seg import VOXELS, grid, write_seg
 
 SHAPE = (12, 10, 8)
 LPS = np.array([[-1.5, 0, 0, 30], [0, -1.5, 0, 40], [0, 0, 2.0, -50], [0, 0, 0, 1]])
@@ -192,12 +197,141 @@ def test_a_label_of_another_shape_or_elsewhere_is_an_error_that_is_not_corrected
     assert not data.row("E-PAIR-AFFINE")["fixable"]
 
 
-def test_channels_are_counted_and_must_share_a_grid(data: DataSet) -> None:
+def test_channels_are_counted_and_those_on_a_grid_of_their_own_are_named(data: DataSet) -> None:
     four = np.stack([data.voxels(n) for n in range(40, 44)], -1)
     data.write("images/c0.nii.gz", four)
     data.write("images/c1_b.nii.gz", data.voxels(50)[1:])
     data.manifest["training"][1]["image"] = ["images/c1.nii.gz", "images/c1_b.nii.gz"]
-    assert data.found() == {("E-CHANNELS", "c0"), ("E-CHANNELS", "c1"), ("E-PAIR-SHAPE", "c1")}
+    assert data.found() == {("E-CHANNELS", "c0"), ("E-CHANNELS", "c1"), ("W-CHANNEL-GRID", "c1")}
+
+
+def test_channels_on_grids_of_their_own_are_judged_as_training_does(data: DataSet) -> None:
+    coarse = LPS @ np.diag([2.0, 2.0, 1.0, 1.0])
+    aside = coarse.copy()
+    aside[0, 3] += 500
+    data.manifest["modality"] = {"0": "MR", "1": "PET"}
+    for n, entry in enumerate(data.manifest["training"]):
+        data.write(f"pet/c{n}.nii.gz", data.voxels(60 + n)[::2, ::2], aside if n == 4 else coarse)
+        entry["image"] = [entry["image"], f"pet/c{n}.nii.gz"]
+    assert data.found() == {("E-CHANNEL-GRID", "c4"), *(("W-CHANNEL-GRID", f"c{n}") for n in range(4))}
+    images = [data.folder / name for name in data.manifest["training"][4]["image"]]
+    preprocessing = Preprocessing(intensity=(Intensity(normalize="none"),) * 2)
+    with pytest.raises(GeometryError, match="E-CHANNEL-GRID"):
+        read_image(images, preprocessing)
+
+
+# DICOM
+
+
+def write_series(
+    write_slice: Callable[..., Path], folder: str, *, seed: int, patient: str, places: tuple[int, ...] = (0, 2, 4, 6)
+) -> None:
+    generator = np.random.default_rng(seed)
+    for z in places:
+        pixels = generator.integers(0, 999, (8, 9), np.uint16)
+        write_slice(f"{folder}/{z}.dcm", float(z), pixels, PatientID=patient, SeriesInstanceUID=f"1.2.{seed}")
+
+
+def series_set(tmp_path: Path, write_slice: Callable[..., Path], patients: list[str], **more: Any) -> Path:
+    """A series for each patient with a NIfTI label, in folds 0, 1, 0 …"""
+    training = []
+    for n, patient in enumerate(patients):
+        write_series(write_slice, f"ct{n}", seed=n, patient=patient, **more)
+        grid = read_geometry(tmp_path / f"ct{n}")
+        label = np.zeros(grid.shape, np.uint8)
+        label[2:5, 2:5, 1:3] = 1
+        nib.Nifti1Image(label, grid.affine).to_filename(tmp_path / f"l{n}.nii.gz")
+        training.append({"image": f"ct{n}", "label": f"l{n}.nii.gz", "id": f"c{n}", "fold": n % 2})
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"labels": {"0": "background", "1": "a"}, "training": training}))
+    return path
+
+
+def test_one_patient_in_two_folds_is_known_by_the_dicom_files_and_never_named(
+    tmp_path: Path, write_slice: Callable[..., Path]
+) -> None:
+    path = series_set(tmp_path, write_slice, ["Q-1", "Q-1", "R-2", "S-3"])
+    result = check(path)
+    (row,) = result["rows"]
+    assert row["error_id"] == "E-LEAKAGE"
+    assert "c0, c1 are of one patient" in row["message"]
+    fixed = check(path, fix=tmp_path / "out")["fixed"]
+    assert fixed["remaining_errors"] == 0
+    assert check(tmp_path / "out" / "dataset.json")["rows"] == []
+    written = "".join(file.read_text() for file in (tmp_path / "out").glob("*.json"))
+    assert "Q-1" not in json.dumps(result) + json.dumps(fixed) + written
+
+
+def test_an_id_that_all_dicom_files_bear_is_a_warning(tmp_path: Path, write_slice: Callable[..., Path]) -> None:
+    rows = check(series_set(tmp_path, write_slice, ["ANON"] * 4))["rows"]
+    assert [row["error_id"] for row in rows] == ["W-PATIENT-ID"]
+
+
+def test_a_workflow_that_allows_missing_slices_has_them_interpolated(
+    tmp_path: Path, write_slice: Callable[..., Path]
+) -> None:
+    path = series_set(tmp_path, write_slice, ["a", "b"], places=(0, 2, 4, 8, 10))
+    assert {row["error_id"] for row in check(path)["rows"]} == {"E-DICOM-MISSING-SLICE"}
+    workflow = tmp_path / "t.yaml"
+    workflow.write_text(
+        "{name: t, data: {manifest: dataset.json, spacing_mm: native, allow_missing_slices: true}, "
+        "network: {name: unet, args: {channels: [4, 8]}}, "
+        "train: {patch_size: [8, 8, 4], batch_size: 1, iterations: 2}, validate: {fold: 0}}"
+    )
+    assert {row["error_id"] for row in check(workflow)["rows"]} == {"W-DICOM-INTERPOLATED"}
+
+
+def test_a_scan_that_is_missing_is_told_once(tmp_path: Path, write_slice: Callable[..., Path]) -> None:
+    path = series_set(tmp_path, write_slice, ["a", "b", "c", "d"])
+    data = json.loads(path.read_text())
+    (tmp_path / "masks").mkdir()
+    data["training"][1] |= {"image": "absent", "label": "masks"}
+    path.write_text(json.dumps(data))
+    assert {(row["error_id"], row["case"]) for row in check(path)["rows"]} == {("E-MISSING-FILE", "c1")}
+
+
+@pytest.mark.parametrize(("name", "structures"), [("tumour", {}), ("lesion", {"Tumour": 4})])
+def test_gapped_labels_of_segs_have_names_and_need_no_rewriting(
+    tmp_path: Path, name: str, structures: dict[str, int]
+) -> None:
+    training = []
+    for n in range(2):
+        image = np.random.default_rng(n).integers(0, 99, grid().shape).astype(np.int16)
+        nib.Nifti1Image(image, grid().affine).to_filename(tmp_path / f"i{n}.nii.gz")
+        write_seg(tmp_path / f"s{n}.dcm", VOXELS)
+        training.append({"image": f"i{n}.nii.gz", "label": f"s{n}.dcm", "fold": n})
+    labels = {"0": "background", "1": "liver", "2": "left kidney", "4": name}
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"labels": labels, "structures": structures, "training": training}))
+    result = check(path, fix=tmp_path / "out")
+    assert {row["error_id"] for row in result["rows"]} == {"E-LABELS"}
+    counts = [2 * int((value == VOXELS).sum()) for value in (1, 2, 3)]
+    assert [result["labels"][value]["voxels"] for value in "124"] == counts
+    assert result["fixed"]["remaining_errors"] == 0
+    again = check(tmp_path / "out" / "dataset.json")
+    assert again["rows"] == []
+    assert [again["labels"][value]["voxels"] for value in "123"] == counts
+
+
+def test_gapped_labels_of_masks_drawn_on_a_series_are_rewritten(
+    tmp_path: Path, write_slice: Callable[..., Path]
+) -> None:
+    path = series_set(tmp_path, write_slice, ["a", "b"])
+    mask = np.zeros((8, 9), np.uint8)
+    mask[2:5, 2:5], mask[6, 6] = 1, 3
+    data = json.loads(path.read_text())
+    for n, entry in enumerate(data["training"]):
+        (tmp_path / f"m{n}").mkdir()
+        for k in range(4):
+            Image.fromarray(mask).save(tmp_path / f"m{n}/{2 * k}.png")
+        entry["label"] = f"m{n}"
+    data["labels"] = {"0": "background", "1": "a", "3": "b"}
+    path.write_text(json.dumps(data))
+    fixed = check(path, fix=tmp_path / "out")["fixed"]
+    assert "label of case c0 is rewritten: values 3 → 2" in fixed["changes"]
+    again = check(tmp_path / "out" / "dataset.json")
+    assert again["rows"] == []
+    assert again["labels"]["2"]["voxels"] == 2 * 4
 
 
 def test_undeclared_labels_are_listed_with_their_voxels(data: DataSet) -> None:
@@ -393,7 +527,7 @@ def test_warnings_of_one_thread_do_not_reach_another_and_the_logger_is_left_as_i
 
 
 MANIFEST_FAULTS = [
-    ("E-DUPLICATE-CASE", {"image": "other/c0.nii.gz", "label": "labels/c0.nii.gz", "fold": 0}, "c0"),
+    ("E-DUPLICATE-CASE", {"id": "c0", "image": "other/c0.nii.gz", "label": "labels/c0.nii.gz", "fold": 0}, "c0"),
     ("E-OUTPUT-NAME", {"id": "../c9", "image": "other/c0.nii.gz", "label": "labels/c0.nii.gz", "fold": 0}, "../c9"),
     ("E-MANIFEST", {"label": "labels/c0.nii.gz", "fold": 0}, None),
     ("E-MANIFEST", {"image": "other/c0.nii.gz", "label": {"liver": "a.nii.gz"}, "fold": 0}, None),
@@ -590,7 +724,7 @@ def test_a_correction_needs_an_empty_folder_and_a_case(data: DataSet, tmp_path: 
     with pytest.raises(DataError, match="E-OUTPUT-EXISTS"):
         data.check(fix=tmp_path / "out")
     with pytest.raises(WorkflowError, match="E-FIX"):
-        check(data.folder, fix=tmp_path / "new")
+        check(data.folder / "images", fix=tmp_path / "new")
     for n in range(NUM_CASES):
         (data.folder / f"labels/c{n}.nii.gz").unlink()
     with pytest.raises(DataError, match=r"E-FIX.*E-MISSING-FILE"):

@@ -135,6 +135,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 
 
 def test_unknown_suffixes_are_refused_with_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.img").touch()
     with pytest.raises(DataError, match=r"E-SUFFIX.*\.nii\.gz, \.nii, \.nrrd, \.mha, \.mhd"):
         read_volume(tmp_path / "a.img")
     with pytest.raises(DataError, match="E-SUFFIX"):

@@ -14,8 +14,8 @@ from pydicom import dcmread
 
 from medseg.data.dicom.folder import Series, find_one, find_series, is_dicom, split_series_path
 from medseg.data.dicom.mask_stack import read_mask_stack
-from medseg.data.dicom.rtstruct import read_rtstruct
-from medseg.data.dicom.seg import read_seg
+from medseg.data.dicom.rtstruct import read_rtstruct, rois_of
+from medseg.data.dicom.seg import read_seg, segments_of
 from medseg.data.dicom.values import tolerant
 from medseg.errors import DataError
 from medseg.geometry import Geometry, Volume
@@ -47,7 +47,7 @@ def read_drawn(path: Path, image: Path, grid: Geometry, *, labels: Labels | None
                 "E-LABEL-IMAGE", f"pictures, one a slice, need a DICOM series; {image} is none", where=str(path)
             )
         return read_mask_stack(path, series)
-    file = _only_drawing(path) if path.is_dir() else path
+    file = only_drawing(path) if path.is_dir() else path
     uid = series.frame_of_reference_uid if series else None
     values, order = _values(labels), labels.region_order if labels else ()
     if _modality(file) == "SEG":
@@ -60,6 +60,18 @@ def read_drawn(path: Path, image: Path, grid: Geometry, *, labels: Labels | None
     return read_rtstruct(
         file, grid, sop_uids=_sop_uids(series), frame_of_reference_uid=uid, values=values, paint_order=order
     )
+
+
+def structure_names(path: Path) -> dict[int, str]:
+    """What a SEG or an RTSTRUCT, or a folder that holds one of them, calls its structures, by number.
+
+    Raises:
+        DataError: If it is neither.
+    """
+    file = only_drawing(path) if path.is_dir() else path
+    if _modality(file) == "SEG":
+        return {segment.number: segment.label for segment in segments_of(file)}
+    return {roi.number: roi.name for roi in rois_of(file)}
 
 
 def _values(labels: Labels | None) -> Mapping[str, int] | None:
@@ -77,10 +89,21 @@ def _modality(file: Path) -> str:
         return str(dcmread(file, force=True, specific_tags=["Modality"], stop_before_pixels=True).get("Modality", ""))
 
 
-def _only_drawing(folder: Path) -> Path:
+def only_drawing(folder: Path) -> Path:
+    """The one SEG or RTSTRUCT that a folder holds.
+
+    Raises:
+        DataError: If there is none, or several.
+    """
     drawings = [one.path for one in find_series(folder).skipped if one.path.is_file() and is_dicom(one.path)]
     drawings = [path for path in drawings if _modality(path) in ("SEG", "RTSTRUCT")]
-    if len(drawings) != 1:
+    if not drawings:
+        raise DataError(
+            "E-LABEL-KIND",
+            "holds no SEG and no RTSTRUCT; give what is drawn on the scan, or convert the scan itself without --image",
+            where=str(folder),
+        )
+    if len(drawings) > 1:
         raise DataError(
             "E-LABEL-KIND", f"holds {len(drawings)} SEG and RTSTRUCT files; name the one to use", where=str(folder)
         )

@@ -45,8 +45,9 @@ WITHOUT_UID = "no-uid"
 
 _IGNORED_NAMES = (".DS_Store", "Thumbs.db", "desktop.ini")
 _MENDED_BY_INTERPOLATION = ("E-DICOM-MISSING-SLICE", "E-DICOM-IRREGULAR")
-_NAME = re.compile(r"(?:[0-9.]+|no-uid)(?:-[0-9]+)?")
+_NAME = re.compile(r"…?(?:[0-9.]+|no-uid)(?:-[0-9]+)?")
 _ON_GRID = 1e-6  # voxels
+_DRAWINGS = ("Segmentation", "SEG", "Structure Set", "RTSTRUCT")  # in the reasons why a file is no scan
 _MAX_PROBLEMS = 5
 _SLICED = ("CT", "MR", "PT", "NM")
 _MAX_LOOKED_AT = 1000  # files; a folder may hold a whole archive
@@ -180,10 +181,10 @@ def find_series(folder_or_file: Path) -> DicomFolder:
 
 
 def split_series_path(path: Path) -> tuple[Path, str | None]:
-    """``folder#uid`` as the folder and the name of one of its series; another path as it is, and None."""
+    """``folder#uid`` (or ``folder#…its end``) as the folder and the name of a series; another path as it is, and None."""
     folder, mark, name = str(path).rpartition("#")
-    if mark and _NAME.fullmatch(name) and not path.exists():
-        return Path(folder), name
+    if mark and not path.exists() and (_NAME.fullmatch(name) or os.path.isdir(folder)):
+        return Path(folder), name.lstrip("….")
     return path, None
 
 
@@ -351,4 +352,6 @@ def _why_none(found: DicomFolder, name: str | None) -> str:
         return f"no series {name}; there are {', '.join(one.name for one in found.series)}"
     reasons = Counter(skipped.reason for skipped in found.skipped).most_common(_MAX_PROBLEMS)
     listed = ", ".join(f"{number} × {reason}" for reason, number in reasons)
-    return f"holds no image series ({listed or 'no files'}); give the folder with the scan's own files"
+    is_drawing = any(kind in reason for reason, _ in reasons for kind in _DRAWINGS)
+    advice = "it is drawn on a scan: add --image SCAN" if is_drawing else "give the folder with the scan's own files"
+    return f"holds no image series ({listed or 'no files'}); {advice}"

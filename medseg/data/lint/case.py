@@ -18,19 +18,27 @@ W-HU                  a CT whose values are no Hounsfield units
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from medseg.data.checks import check_modalities, check_not_constant, check_pair, hounsfield_fault, value_ranges
+from medseg.data.checks import (
+    check_channel_grid,
+    check_modalities,
+    check_not_constant,
+    check_pair,
+    hounsfield_fault,
+    value_ranges,
+)
 from medseg.data.lint.rows import Row, WarningLog, row_of
-from medseg.data.lint.voxels import centers_mm, count_values, digest
+from medseg.data.lint.voxels import centers_mm, count_values, digest, exchanged
 from medseg.data.manifest import Case
 from medseg.data.preflight import read_nifti_header
-from medseg.data.volume_io import NIFTI_SUFFIXES, is_there, read_label, read_volume
+from medseg.data.volume_io import NIFTI_SUFFIXES, is_drawn, is_series, is_there, read_label, read_volume
 from medseg.errors import DataError, MedsegError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
@@ -49,8 +57,11 @@ class Expected:
         ignore_label: Value of voxels that nobody annotated.
         select_volume: Which volume of a 4D file is the image.
         assume_spacing_mm: For files that state no spacing.
+        allow_missing_slices: Whether slices that a DICOM series lacks are interpolated.
         sided: Label values whose centers are wanted, to tell left from right.
         labels: Says what SEGs and RTSTRUCTs call which label.
+        numbers: Of each value of `labels` that is another one in the label files: that one.
+        key: Hides which patients the cases are; forgotten with the process.
     """
 
     values: frozenset[int] | None = None
@@ -58,8 +69,11 @@ class Expected:
     ignore_label: int | None = None
     select_volume: int | None = None
     assume_spacing_mm: tuple[float, ...] | None = None
+    allow_missing_slices: bool = False
     sided: frozenset[int] = frozenset()
     labels: Labels | None = None
+    numbers: Mapping[int, int] = field(default_factory=dict)
+    key: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +106,7 @@ class CaseFacts:
         digest: Hash of all channels' voxels and shape, brought to RAS; None where there is none, or
             where the image shows nothing.
         label: None where there is none, or none that can be read.
+        person: Keyed hash of the PatientID of its DICOM files; None where they name none, or are no DICOM.
         rows: Its problems.
     """
 
@@ -100,6 +115,7 @@ class CaseFacts:
     geometry: Geometry | None = None
     digest: str | None = None
     label: LabelFacts | None = None
+    person: str | None = field(default=None, repr=False)
     rows: tuple[Row, ...] = field(default=())
 
     @property
@@ -125,17 +141,14 @@ def examine(case: Case, warned: WarningLog, *, expected: Expected, is_training: 
     images = [_image(case, file, rows, expected, is_training=is_training) for file in case.images]
     read = [image for image in images if image]
     label = None
-    if case.label:
+    if case.label and (images[0] or not is_drawn(case.label)):  # what is drawn on a scan cannot be read without it
         label = _label(case, case.label, rows, expected)
-    elif is_training and expected.values is not None:
+    elif is_training and not case.label and expected.values is not None:
         rows.append(Row("E-MISSING-LABEL", "a training case needs a label; move it to test", case.id))
     if len(read) == len(images):
         rows += _channel_rows(case, read, expected)
-    for file, grid in [
-        *((f, i.geometry) for f, i in zip(case.images, images, strict=True) if i),
-        *([(case.label, label.geometry)] if case.label and label else []),
-    ]:
-        rows += _pair_rows(case, read, file, grid)
+    if images[0]:
+        _check_grids(case, images[0].geometry, images[1:], label, rows)
     rows += [row_of(message, case) for message in warned.take()]
     shows = len(read) == len(images) and all(image.digests for image in read)
     of_all = hashlib.sha256("".join(d for image in read for d in image.digests).encode()).hexdigest()
@@ -145,6 +158,7 @@ def examine(case: Case, warned: WarningLog, *, expected: Expected, is_training: 
         geometry=images[0].geometry if images[0] else None,
         digest=of_all if shows else None,
         label=label,
+        person=_person(case, expected.key),
         rows=tuple(rows),
     )
 
@@ -161,7 +175,12 @@ class _Image:
 def _image(case: Case, file: Path, rows: list[Row], expected: Expected, *, is_training: bool) -> _Image | None:
     with _noted(case, file, rows):
         _check_exists(file)
-        volume = read_volume(file, select_volume=expected.select_volume, assume_spacing_mm=expected.assume_spacing_mm)
+        volume = read_volume(
+            file,
+            select_volume=expected.select_volume,
+            assume_spacing_mm=expected.assume_spacing_mm,
+            allow_missing_slices=expected.allow_missing_slices,
+        )
         ranges = value_ranges(volume)
         is_constant = any(low == high for low, high in ranges)
         try:
@@ -187,6 +206,8 @@ def _label(case: Case, file: Path, rows: list[Row], expected: Expected) -> Label
         _check_exists(file)
         assumed = expected.assume_spacing_mm
         volume = read_label(file, image=case.images[0], labels=expected.labels, assume_spacing_mm=assumed)
+        if is_series(file) and expected.numbers:  # drawn structures have names, and so no number of their own
+            volume = replace(volume, array=exchanged(volume.array, expected.numbers))
         array = volume.array[0]
         facts = LabelFacts(
             volume.geometry,
@@ -251,21 +272,36 @@ def _channel_rows(case: Case, images: Sequence[_Image], expected: Expected) -> I
         return
     num_channels = sum(image.num_channels for image in images)
     if num_channels != len(expected.channels):
+        is_series = all(image.geometry.spatial_dims == 3 for image in images)
+        advice = "of a 4D file, select_volume takes one" if is_series else "correct it, or convert the pictures"
         message = (
             f"{num_channels} channels; expected {len(expected.channels)} ({', '.join(expected.channels)}) as the "
-            "manifest's modality says. Of a 4D file, select_volume takes one"
+            f"manifest's modality says; {advice}"
         )
         yield Row("E-CHANNELS", message, case.id, str(case.images[0]))
 
 
-def _pair_rows(case: Case, images: Sequence[_Image], file: Path, grid: Geometry) -> Iterator[Row]:
-    """Channels and label must stand on the grid of the first image that can be read."""
-    if not images:
-        return
-    try:
-        check_pair(_outline(images[0].geometry), _outline(grid), str(file))
-    except MedsegError as error:
-        yield Row(error.error_id, error.message, case.id, str(file))
+def _check_grids(
+    case: Case, grid: Geometry, others: Sequence[_Image | None], label: LabelFacts | None, rows: list[Row]
+) -> None:
+    """Channels and label against the grid of the first image, as training does."""
+    for file, image in zip(case.images[1:], others, strict=True):
+        if image:
+            with _noted(case, file, rows):
+                check_channel_grid(grid, image.geometry, str(file))
+    if case.label and label:
+        with _noted(case, case.label, rows):
+            check_pair(_outline(grid), _outline(label.geometry), str(case.label))
+
+
+def _person(case: Case, key: bytes) -> str | None:
+    """Whose scan it is, as far as its files say."""
+    for file in case.images:
+        if is_there(file) and is_series(file):
+            from medseg.data.dicom.patient import patient_digest  # pydicom takes a while to import
+
+            return patient_digest(file, key)
+    return None
 
 
 def _outline(geometry: Geometry) -> Volume:

@@ -16,7 +16,6 @@ W-MANIFEST-KEY        a key that is nearly one that medseg knows
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,12 +24,26 @@ from pathlib import Path
 from typing import Any
 
 from medseg.data.lint.rows import Row
-from medseg.data.manifest import LEAVES_ROOT, Manifest, case_id, expand_variables
+from medseg.data.manifest import LEAVES_ROOT, Manifest, case_ids, expand_variables
 from medseg.errors import DataError
 
 SPLITS = ("training", "test")
 
-_KEYS = ("labels", "regions", "region_order", "ignore_label", "pairs", "modality", "root", LEAVES_ROOT, *SPLITS)
+_KEYS = (
+    *(
+        "labels",
+        "regions",
+        "region_order",
+        "ignore_label",
+        "pairs",
+        "structures",
+        "seg_threshold",
+        "modality",
+        "root",
+        LEAVES_ROOT,
+    ),
+    *SPLITS,
+)
 _ENTRY_KEYS = ("image", "label", "id", "patient", "fold", "sha256")
 _KEY_LIKENESS = 0.8  # "ignore_lable" and "pair" are slips, "release" is somebody's own key
 _IGNORE_LABEL = 255
@@ -121,6 +134,7 @@ def _without_gaps(data: dict[str, Any], path: Path, notes: _Notes) -> tuple[dict
         },
         "region_order": [mapping.get(v, v) for v in data.get("region_order") or ()],
         "pairs": [[mapping.get(v, v) for v in pair] for pair in data.get("pairs") or ()],
+        "structures": {name: mapping.get(v, v) for name, v in (data.get("structures") or {}).items()},
     }
     return {**data, **{key: value for key, value in renumbered.items() if key in data}}, mapping
 
@@ -140,22 +154,23 @@ def _label_names(labels: Any) -> dict[int, str] | None:
 
 def _with_usable_cases(data: dict[str, Any], path: Path, notes: _Notes) -> dict[str, Any]:
     """The manifest without entries that are no cases, and with ids that are unique and can name files."""
-    seen: set[str] = set()
-    usable: dict[str, Any] = {}
+    kept: list[tuple[str, dict[str, Any], str]] = []  # split, entry, place in the file
     for split in SPLITS:
         listed = data.get(split) or []
         if not isinstance(listed, list):
             raise DataError("E-MANIFEST", f"{split} must be a list of cases", where=str(path))
-        kept = []
         for n, entry in enumerate(listed):
             where = f"{path}: {split}[{n}]"
             fault = _fault(entry)
             if fault:
                 notes.rows.append(Row(*fault, file=where, fixable=True))
                 notes.changes.append(f"{split}[{n}] is left out: {fault[1]}")
-                continue
-            kept.append(_named(entry, seen, where, notes))
-        usable[split] = kept
+            else:
+                kept.append((split, {"image": entry} if isinstance(entry, str) else entry, where))
+    seen: set[str] = set()
+    usable: dict[str, Any] = {split: [] for split in SPLITS}
+    for name, (split, entry, where) in zip(case_ids([entry for _, entry, _ in kept]), kept, strict=True):
+        usable[split].append(_named(entry, name, seen, where, notes))
     without = [entry for entry in usable["training"] if entry.get("fold") is None]
     if without and len(without) < len(usable["training"]):
         message = f"{len(without)} cases have no fold although others do; give all or none"
@@ -182,11 +197,9 @@ def _fault(entry: Any) -> tuple[str, str] | None:
     return None
 
 
-def _named(entry: Any, seen: set[str], where: str, notes: _Notes) -> dict[str, Any]:
+def _named(entry: dict[str, Any], given: str, seen: set[str], where: str, notes: _Notes) -> dict[str, Any]:
     """The entry, its id changed if it cannot name a file or is taken."""
-    entry = {"image": entry} if isinstance(entry, str) else entry
-    first = entry["image"][0] if isinstance(entry["image"], list) else entry["image"]
-    name = given = str(entry.get("id") or case_id(Path(os.path.normpath(expand_variables(first)))))
+    name = given
     if name != Path(name).name or "\\" in name:
         name = re.sub(r"[^\w.-]+", "_", name).strip("._") or "case"
         message = f"case id {given!r} cannot name a file; use one without / and \\, e.g. {name!r}"
@@ -198,6 +211,7 @@ def _named(entry: Any, seen: set[str], where: str, notes: _Notes) -> dict[str, A
     seen.add(name)
     if name == given:
         return entry
+    first = entry["image"][0] if isinstance(entry["image"], list) else entry["image"]
     notes.changes.append(f"case {given!r} ({first}) is called {name!r}")
     return {**entry, "id": name}
 

@@ -7,22 +7,27 @@ stands on another grid than its image is left out, not resampled.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from medseg.data.lint.case import CaseFacts, Expected, LabelFacts, mask_mapping
 from medseg.data.lint.draft import SPLITS, Draft, read_draft
 from medseg.data.lint.rows import Row
 from medseg.data.lint.sides import named_pairs
-from medseg.data.lint.whole import Terms, duplicates, expected_of, folds_of, manifest_rows, same_labels
+from medseg.data.lint.voxels import exchanged
+from medseg.data.lint.whole import (
+    Terms,
+    duplicates,
+    folds_of,
+    manifest_rows,
+    of_one_patient,
+    same_labels,
+)
 from medseg.data.manifest import Case
-from medseg.data.volume_io import read_label, write_volume
+from medseg.data.volume_io import is_series, read_label, write_volume
 from medseg.display import track
 from medseg.errors import DataError
 from medseg.files import write_atomically
@@ -31,8 +36,6 @@ from medseg.geometry import Volume
 MANIFEST = "dataset.json"
 CHANGES = "changes.json"
 LABELS = "labels"
-
-_SLAB_VOXELS = 2**22
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,14 @@ def check_free(folder: Path) -> None:
         raise DataError("E-OUTPUT-EXISTS", "is not an empty folder; choose another", where=f"--fix {folder}")
 
 
-def write_fixed(draft: Draft, facts: Sequence[CaseFacts], folder: Path, *, assume_spacing_mm: Any = None) -> Fixed:
+def write_fixed(draft: Draft, facts: Sequence[CaseFacts], folder: Path, *, expected: Expected) -> Fixed:
     """Write a corrected manifest, and the label files that had to change.
 
     Args:
         draft: The manifest as it was read.
         facts: What its cases hold.
         folder: Empty, or not there yet; it gets dataset.json, changes.json and labels/.
-        assume_spacing_mm: For files that state no spacing, as the cases were read with.
+        expected: What the cases were read with.
 
     Raises:
         DataError: If the folder is not empty, or no training case is left.
@@ -89,10 +92,10 @@ def write_fixed(draft: Draft, facts: Sequence[CaseFacts], folder: Path, *, assum
     check_free(folder)
     plan = _plan(draft, facts)
     if not any(found.is_training for found in plan.kept):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left_out.items())[:3])
-        raise DataError("E-FIX", f"no training case can be used ({reasons})", where=str(draft.manifest.path))
+        reasons = [f"{name}: {reason}" for name, reason in plan.left_out.items()] or [*draft.changes]
+        listed = "; ".join(reasons[:3]) or "it lists none"
+        raise DataError("E-FIX", f"no training case can be used: {listed}", where=str(draft.manifest.path))
     (folder / LABELS).mkdir(parents=True, exist_ok=True)
-    expected = expected_of(draft, assume_spacing_mm=assume_spacing_mm)
     after = [_rewritten(found, draft, plan, folder, expected) for found in track(plan.kept, "writing corrected labels")]
     if not any((folder / LABELS).iterdir()):
         (folder / LABELS).rmdir()
@@ -119,7 +122,13 @@ class _Plan:
     left_out: dict[str, str] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     folds: dict[str, int] = field(default_factory=dict)
+    patients: dict[str, str] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
+
+
+def left_out(draft: Draft, facts: Sequence[CaseFacts]) -> tuple[str, ...]:
+    """The cases that a correction would leave out."""
+    return tuple(_plan(draft, facts).left_out)
 
 
 def _plan(draft: Draft, facts: Sequence[CaseFacts]) -> _Plan:
@@ -156,50 +165,46 @@ def _leaking_copies(draft: Draft, facts: Sequence[CaseFacts]) -> list[tuple[Case
 
 
 def _join_patients(plan: _Plan) -> None:
-    """Give all cases of a patient the fold that most of them have."""
-    of_patient: dict[str, list[Case]] = defaultdict(list)
-    for found in plan.kept:
-        if found.is_training and found.case.fold is not None:
-            of_patient[found.case.patient].append(found.case)
-    for cases in of_patient.values():
+    """Give all cases of a patient one name for it, and the fold that most of them have."""
+    for group in of_one_patient(plan.kept):
+        first, *others = [found.case for found in group]
+        for case in others:
+            if case.patient != first.patient:
+                plan.patients[case.id] = first.patient
+                plan.changes.append(f"case {case.id} is of the patient of case {first.id}, as their DICOM files say")
+        cases = [found.case for found in group if found.is_training and found.case.fold is not None]
         numbers = Counter(case.fold for case in cases if case.fold is not None)
-        fold = min(numbers, key=lambda n: (-numbers[n], n))
+        fold = min(numbers, key=lambda n: (-numbers[n], n), default=None)
         for case in cases:
-            if case.fold != fold:
+            if fold is not None and case.fold != fold:
                 plan.folds[case.id] = fold
                 plan.changes.append(f"case {case.id} moves from fold {case.fold} to fold {fold}, where its patient is")
 
 
 def _rewritten(found: CaseFacts, draft: Draft, plan: _Plan, folder: Path, expected: Expected) -> CaseFacts:
     """The case as the corrected manifest has it; its label is written anew if its numbers or its type change."""
-    case = replace(found.case, fold=plan.folds.get(found.case.id, found.case.fold))
+    name = found.case.id
+    case = replace(
+        found.case,
+        fold=plan.folds.get(name, found.case.fold),
+        patient=plan.patients.get(name, found.case.patient),
+    )
     if found.label is None or case.label is None:
         return replace(found, case=case, rows=())
     mask = mask_mapping(found.label, expected)
     mapping = {old: new for old, new in (mask or draft.mapping).items() if old in found.label.voxels and old != new}
     if not mapping and not found.label.is_float:
         return replace(found, case=case, rows=())
+    if is_series(case.label):  # its structures have names, and so no numbers that could be wrong
+        return replace(found, case=case, label=_facts_after(found.label, mapping), rows=())
     target = folder / LABELS / f"{case.id}.nii.gz"
-    label = read_label(case.label, assume_spacing_mm=expected.assume_spacing_mm)
-    write_volume(target, Volume(_mapped(label.array, mapping, found.label), label.geometry))
+    label = read_label(case.label, image=case.images[0], assume_spacing_mm=expected.assume_spacing_mm)
+    write_volume(target, Volume(exchanged(label.array, mapping), label.geometry))
     changed = ", ".join(f"{old} → {new}" for old, new in mapping.items())
     parts = [f"values {changed}"] if mapping else []
     parts += ["stored as integers instead of floating-point numbers"] if found.label.is_float else []
     plan.changes.append(f"label of case {case.id} is rewritten: {'; '.join(parts)}")
     return replace(found, case=replace(case, label=target), label=_facts_after(found.label, mapping), rows=())
-
-
-def _mapped(array: npt.NDArray[Any], mapping: Mapping[int, int], facts: LabelFacts) -> npt.NDArray[Any]:
-    """Label values exchanged, in the smallest integer type; slab by slab."""
-    old = np.array(sorted(facts.voxels), np.int64)
-    new = np.array([mapping.get(value, value) for value in old.tolist()], np.int64)
-    dtype = np.min_scalar_type(int(new.max())) if new.min() >= 0 else np.dtype(np.int32)
-    result = np.empty(array.shape, np.int32 if dtype.itemsize > 1 else dtype, order="F")
-    step = max(1, _SLAB_VOXELS * array.shape[-1] // array.size)
-    for start in range(0, array.shape[-1], step):
-        slab = array[..., start : start + step]
-        result[..., start : start + step] = new[np.searchsorted(old, slab)]
-    return result
 
 
 def _facts_after(facts: LabelFacts, mapping: Mapping[int, int]) -> LabelFacts:

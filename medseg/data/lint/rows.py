@@ -69,7 +69,8 @@ def row_of(message: str, case: Case | None = None) -> Row:
     error_id, _, text = message.partition(" ")
     if not error_id.startswith("W-"):
         error_id, text = "W-OTHER", message
+    place, _, rest = text.partition(": ")
     for file in map(str, case.files if case else ()):
-        if text.startswith(f"{file}: "):
-            return Row(error_id, text.removeprefix(f"{file}: "), case.id if case else None, file)
+        if place == file or place.startswith((f"{file}#", f"{file}/")):  # a series of a folder, a file in it
+            return Row(error_id, rest, case.id if case else None, place)
     return Row(error_id, text, case.id if case else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,17 @@ def centers_mm(array: Voxels, geometry: Geometry, values: Collection[int]) -> di
         x, y, z = (geometry.affine @ [*index, 1.0])[:3]
         centers[value] = (float(x), float(y), float(z))
     return centers
+
+
+def exchanged(array: Voxels, mapping: Mapping[int, int]) -> Voxels:
+    """Label values exchanged, others kept, in the smallest integer type; slab by slab."""
+    old = np.array(sorted(count_values(array)), np.int64)
+    new = np.array([mapping.get(value, value) for value in old.tolist()], np.int64)
+    dtype = np.min_scalar_type(int(new.max())) if new.min() >= 0 else np.dtype(np.int32)
+    result = np.empty(array.shape, np.int32 if dtype.itemsize > 1 else dtype, order="F")
+    for slab in _slabs(array):
+        result[..., slab] = new[np.searchsorted(old, array[..., slab])]
+    return result
 
 
 def _slabs(array: Voxels) -> Iterator[slice]:

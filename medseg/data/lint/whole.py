@@ -6,6 +6,7 @@ W-LABEL-ABSENT        one that the training side of a fold, or the labeled test 
 E-DUPLICATE-SCAN      the same voxels in two folds, or in training and test
 W-DUPLICATE-SCAN      the same voxels twice on the same side
 E-LEAKAGE             a patient in two folds, or in training and test
+W-PATIENT-ID          one PatientID in the DICOM files of most cases
 E-SPATIAL-DIMS        a picture among volumes, or the other way round
 W-SPACING             a voxel size far from the data set's median
 W-ORIENTATION         axes that point elsewhere than in most cases
@@ -45,6 +46,8 @@ SPACING_DEVIATIONS = 3.0
 RARE_SHARE = 0.1
 """Orientations that fewer cases have than this, where most share another, are worth a look."""
 
+_SAME_PERSON = "their DICOM files bear one PatientID: give them one 'patient' and one fold"
+
 
 @dataclass(frozen=True, eq=False)
 class Terms:
@@ -76,7 +79,11 @@ class Terms:
 
 
 def expected_of(
-    draft: Draft, *, select_volume: int | None = None, assume_spacing_mm: Sequence[float] | None = None
+    draft: Draft,
+    *,
+    select_volume: int | None = None,
+    assume_spacing_mm: Sequence[float] | None = None,
+    allow_missing_slices: bool = False,
 ) -> Expected:
     """What a manifest, and the workflow that names it, say of every case."""
     terms = Terms.of(draft)
@@ -87,8 +94,10 @@ def expected_of(
         ignore_label=terms.ignore_label,
         select_volume=select_volume,
         assume_spacing_mm=tuple(assume_spacing_mm) if assume_spacing_mm else None,
+        allow_missing_slices=allow_missing_slices,
         sided=frozenset(sided),
         labels=draft.manifest.labels,
+        numbers={new: old for old, new in draft.mapping.items() if old != new},
     )
 
 
@@ -223,19 +232,53 @@ def _absent_rows(terms: Terms, facts: Sequence[CaseFacts], folds: Mapping[str, i
 
 def _patient_rows(facts: Sequence[CaseFacts], folds: Mapping[str, int]) -> Iterator[Row]:
     """Patients on two sides; told by their cases, for the patient's own name may be private."""
-    of_patient: dict[str, list[CaseFacts]] = defaultdict(list)
-    for found in facts:
-        of_patient[found.case.patient].append(found)
-    for group in of_patient.values():
+    for group in of_one_patient(facts):
         training = [found for found in group if found.is_training]
         named = _named(group)
         used = sorted({folds[found.case.id] for found in training if found.case.id in folds})
         if len(used) > 1:
-            message = f"{named} are of one patient, but stand in folds {', '.join(map(str, used))}; give them one fold"
+            advice = "give them one fold" if len({found.case.patient for found in group}) == 1 else _SAME_PERSON
+            message = f"{named} are of one patient, but stand in folds {', '.join(map(str, used))}; {advice}"
             yield Row("E-LEAKAGE", message, group[0].case.id, fixable=True)
         if training and len(training) < len(group):
             message = f"{named} are of one patient, but stand in training and in test; keep them on one side"
             yield Row("E-LEAKAGE", message, group[0].case.id)
+    for group in _hidden_by_one_id(facts):
+        message = (
+            f"{_named(group)} bear one PatientID: a placeholder, or one patient? If they are one, say so in the manifest "
+            "('patient'), or they stand on both sides of a fold"
+        )
+        yield Row("W-PATIENT-ID", message)
+
+
+def of_one_patient(facts: Sequence[CaseFacts]) -> list[list[CaseFacts]]:
+    """The cases of each patient: by the manifest, or by the PatientID of their DICOM files."""
+    placeholders = {group[0].person for group in _hidden_by_one_id(facts)}
+    group_of: dict[tuple[str, str], tuple[set[tuple[str, str]], list[CaseFacts]]] = {}
+    for found in facts:
+        keys = {("manifest", found.case.patient)} | (
+            {("dicom", found.person)} if found.person and found.person not in placeholders else set()
+        )
+        joined = {id(group_of[key]): group_of[key] for key in keys if key in group_of}.values()
+        group = (
+            keys.union(*(known for known, _ in joined)),
+            [*(member for _, members in joined for member in members), found],
+        )
+        group_of.update(dict.fromkeys(group[0], group))
+    return [members for _, members in {id(group): group for group in group_of.values()}.values()]
+
+
+def _hidden_by_one_id(facts: Sequence[CaseFacts]) -> list[list[CaseFacts]]:
+    """Cases with one PatientID that most cases bear, which the manifest takes for three patients or more.
+
+    Anonymizers write such ids; hardly any data set shows one person in most of its cases.
+    """
+    bearers: dict[str, list[CaseFacts]] = defaultdict(list)
+    for found in facts:
+        if found.person:
+            bearers[found.person].append(found)
+    most = max(2, len(facts) / 2)
+    return [group for group in bearers.values() if len({found.case.patient for found in group}) > most]
 
 
 def _duplicate_rows(facts: Sequence[CaseFacts], folds: Mapping[str, int]) -> Iterator[Row]:
