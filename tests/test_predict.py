@@ -154,7 +154,7 @@ def test_a_segmentation_never_takes_the_place_of_its_scan(model, scans):
 
 
 def test_files_of_one_name_are_refused_before_any_work(model, tmp_path):
-    files = [write_scan(tmp_path / folder / "scan.nii.gz") for folder in ("a", "b")]
+    files = [write_scan(tmp_path / name) for name in ("scan.nii.gz", "scan.nrrd")]
     with pytest.raises(MedsegError) as caught:
         predict(model, files, output=tmp_path / "out")
     assert caught.value.error_id == "E-OUTPUT-NAME"
