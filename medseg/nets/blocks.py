@@ -283,6 +283,13 @@ def pad_end(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.pad(x, [amount for n in reversed(missing) for amount in (0, n)], mode="replicate")
 
 
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, I, J[, K]) (bi-, tri-)linearly interpolated to another size."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear" if x.dim() == 4 else "trilinear")
+
+
 def crop_end(x: Tensor, size: Sequence[int]) -> Tensor:
     """The first `size` voxels of (B, C, I, J[, K]): undoes `pad_end`."""
     return x[(slice(None), slice(None), *[slice(n) for n in size])]

@@ -157,3 +157,15 @@ def test_every_entry_says_where_it_comes_from_and_what_it_is_good_for() -> None:
         assert entry.title and entry.good_for
         assert "arXiv:" in entry.paper or "doi:" in entry.paper
         assert set(entry.spatial_dims) <= {2, 3}
+
+
+@pytest.mark.slow
+@for_all
+def test_exported_it_computes_the_same_for_any_batch(name: str, dims: int) -> None:
+    network = tiny(name, dims).eval()
+    size = [2 * n for n in network.min_size]
+    batch = torch.export.Dim("batch", min=1, max=8)
+    exported = torch.export.export(network, (image(*size),), dynamic_shapes=({0: batch},)).module()
+    for number in (1, 3):
+        x = image(*size, batch=number)
+        torch.testing.assert_close(exported(x), network(x))

@@ -33,6 +33,10 @@ class Encoder(nn.Module, ABC):
         self.channels = tuple(channels)
         self.strides = tuple(per_axis(stride, spatial_dims) for stride in strides)
 
+    def fitted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Published weights in the form that this encoder takes, or is inflated from."""
+        return dict(weights)
+
     @abstractmethod
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features of an image.
