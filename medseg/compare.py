@@ -15,10 +15,10 @@ from rich.table import Column, Table
 
 from medseg.errors import DataError, WorkflowError
 from medseg.files import write_atomically
+from medseg.metrics.table import PER_CASE
 from medseg.registry import did_you_mean
 from medseg.tracking.runs import per_case_table
 
-TABLE = "per_case.csv"
 NOT_METRICS = ("case", "organ", "note")
 LOWER_IS_BETTER = frozenset({"hd", "hd95", "assd", "asd", "masd", "volume_error"})
 """Distances and errors; of every other metric more is better."""
@@ -60,7 +60,8 @@ def compare(
     """Hold every run to the first, on the cases that both have.
 
     Args:
-        runs: Two or more run folders, folders of `medseg evaluate`, CSV tables, or MLflow run ids.
+        runs: Two or more run folders (of one fold or of all), folders of `medseg evaluate`, CSV tables, or MLflow
+            run ids.
         metric: A column of their tables.
         tracking_uri: Where to look for run ids; None: $MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db``.
         output: Folder for ``comparison.csv`` (a row per run and organ) and ``pairs.csv`` (a row per case).
@@ -131,9 +132,9 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
 def _table(run: str, metric: str, tracking_uri: str | None) -> RunTable:
     path = Path(run)
     if path.is_dir():
-        path = path / TABLE
+        path = path / PER_CASE
         if not path.exists():
-            message = f"holds no {TABLE}; finish its training, or run medseg evaluate, and name that folder"
+            message = f"holds no {PER_CASE}; finish its training, or run medseg evaluate, and name that folder"
             raise DataError("E-COMPARE-TABLE", message, where=run)
     if path.exists():
         with path.open(newline="") as stream:

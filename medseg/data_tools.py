@@ -15,7 +15,7 @@ from medseg.data.manifest import Manifest
 from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.display import progress_bar
 from medseg.errors import DataError
-from medseg.files import write_atomically
+from medseg.files import remove_leftovers, write_atomically
 from medseg.registry import did_you_mean
 
 Result = dict[str, Any]
@@ -128,6 +128,7 @@ def convert(
         labels = Manifest.load(manifest).labels if manifest else None
         volume = read_label(source, image=image, labels=labels)
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
     write_volume(target, volume)
     grid = volume.geometry
     result: Result = {

@@ -21,10 +21,8 @@ from medseg.errors import DataError, MedsegError, Problems
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
 from medseg.metrics import METRICS
-from medseg.metrics.table import Score, Summary, score_organs, summarize, write_table
+from medseg.metrics.table import PER_CASE, Score, Summary, score_organs, summarize, write_table
 from medseg.model import load_spec
-
-TABLE = "per_case.csv"
 
 Result = dict[str, Any]
 Drawn = tuple[Path, Path | None]
@@ -95,13 +93,13 @@ def evaluate(
     scores = _score(pairs, organs, described, metrics=metrics, resample=resample)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        write_table(output / TABLE, scores)
+        write_table(output / PER_CASE, scores)
     summary = summarize(scores)
     return {
         "cases": len(pairs),
         "mean": {metric: _mean_of_organs(summary, metric) for metric in metrics},
         "per_organ": summary,
-        "table": str(output / TABLE) if output else None,
+        "table": str(output / PER_CASE) if output else None,
         "unmatched": unmatched,
     }
 

@@ -87,6 +87,10 @@ class Labels:
         """Label values that make up each organ or region."""
         return dict(self.regions) or {self.names[v]: (v,) for v in sorted(self.names) if v != 0}
 
+    def scored(self, unions: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """Label values of each organ, and of each of the unions that are scored beside them."""
+        return self.organ_values | {name: tuple(values) for name, values in unions.items()}
+
     @property
     def num_outputs(self) -> int:
         """Channels of the network's output."""

@@ -13,6 +13,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from medseg.errors import WorkflowError
 from medseg.registry import did_you_mean
 
+SET = "--set"
+"""Where a field stands that an override gave."""
+
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
 
@@ -48,15 +51,28 @@ def override(plain: dict[str, Any], positions: Positions, assignment: str) -> No
         raise WorkflowError("E-SET", f"{text!r} is not a YAML value", where=f"--set {key}") from None
     section: Any = plain
     *parents, last = key.split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents, start=1):
         if not isinstance(section.get(parent), dict):
-            section[parent] = {"name": section[parent]} if isinstance(section.get(parent), str) else {}
+            _open_section(section, positions, tuple(parents[:depth]))
         section = section[parent]
     section[last] = value
     path = (*parents, last)
     for known in [known for known in positions if known[: len(path)] == path]:
         del positions[known]
-    positions[path] = "--set"
+    positions[path] = SET
+
+
+def _open_section(section: dict[str, Any], positions: Positions, at: tuple[str, ...]) -> None:
+    """Make room for what an override puts below a field; the name of a part, as in ``network: unet``, stays."""
+    former = section.get(at[-1])
+    if isinstance(former, list):
+        message = "is a list, whose entries cannot be set one by one; set the whole of it"
+        raise WorkflowError("E-SET", message, where=f"{SET} {dotted(at)}")
+    section[at[-1]] = {}
+    if isinstance(former, str):
+        section[at[-1]]["name"] = former
+        positions[(*at, "name")] = positions[at]
+    positions[at] = SET
 
 
 def line_of(place: str) -> tuple[int, ...]:

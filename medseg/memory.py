@@ -1,13 +1,32 @@
-"""What running out of memory looks like."""
+"""What running out of memory looks like: the host's or a GPU's, here or in another process."""
 
 from __future__ import annotations
 
+import errno
+import re
+
+SIGNS = ("out of memory", "allocate memory", "MemoryError", "bad_alloc", "ALLOC_FAILED")
+"""In what torch, NumPy and CUDA say, also of a worker process, whose errors arrive as text."""
+
+_ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) ([KMGTPE]i?B|bytes)", re.IGNORECASE)
+_BYTES_PER_GB = 1e9
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: the host's, or a GPU's.
+    """Whether an error means that memory ran out. torch raises a plain RuntimeError for the host's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    )
 
-    torch has an error of its own for a GPU; for the host it raises a plain RuntimeError.
-    """
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+def asked_for(error: BaseException) -> str:
+    """``": 1.2 GB more were asked for"`` where the error says how much, else nothing."""
+    found = _ASKED.search(str(error))
+    if found is None:
+        return ""
+    amount, unit = found.groups()
+    if unit == "bytes":
+        amount, unit = f"{float(amount) / _BYTES_PER_GB:.3g}", "GB"
+    return f": {amount} {unit} more were asked for"

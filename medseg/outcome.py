@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from typer.core import TyperGroup
 
 from medseg.display import console
 from medseg.errors import MedsegError
+from medseg.files import NO_ROOM
 
 Result = Mapping[str, Any]
 
@@ -26,8 +26,6 @@ REFUSED = 2
 SOME_CASES_FAILED = 3
 INTERNAL_ERROR = 4
 INTERRUPTED = 130
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OneMessage(TyperGroup):
@@ -73,7 +71,9 @@ def print_result(result: Result, as_json: bool, table: Callable[[Result], Render
     if as_json:
         sys.stdout.write(json.dumps(_plain(result), allow_nan=False) + "\n")
     else:
-        Console(highlight=False).print((table or _listing)(result), markup=False, soft_wrap=table is None, crop=False)
+        shown = (table or _listing)(result)
+        is_text = isinstance(shown, str | Text)  # one message a line, however long, so that grep and scripts find it
+        Console(highlight=False).print(shown, markup=False, soft_wrap=is_text, crop=False)
 
 
 def _plain(value: Any) -> Any:
@@ -128,7 +128,9 @@ def evaluation_table(result: Result) -> Table:
 
 def training_summary(result: Result) -> RenderableType:
     """How well each organ was found, where everything is, and what to do next."""
-    if "model_dir" not in result:  # a rehearsal, or all folds
+    if "folds" in result:
+        return _folds_summary(result)
+    if "model_dir" not in result:  # a rehearsal
         return Text(_listing(result))
     best, last = result["best"], result["last"]
     table = Table("held-out Dice", *best["dice"], "mean", box=None, padding=(0, 2, 0, 0))
@@ -143,8 +145,28 @@ def training_summary(result: Result) -> RenderableType:
         "MLflow run": f"{result['mlflow_run_id']}   (medseg ui)",
         "next": f"medseg predict {run} SCAN -o segmentations",
     }
+    return Group(table, _places(places))
+
+
+def _folds_summary(result: Result) -> RenderableType:
+    """How well each organ was found in each fold and in all of them."""
+    best, folds = result["best"], result["folds"]
+    table = Table("held-out Dice", *best["dice"], "mean", box=None, padding=(0, 2, 0, 0))
+    rows = {f"fold {fold['fold']}, iteration {fold['best']['step']}": fold["best"] for fold in folds}
+    for name, found in {**rows, "all cases": best}.items():
+        table.add_row(name, *(f"{value:.3f}" for value in (*found["dice"].values(), found["mean_dice"])))
+    places = {
+        "models": f"{folds[0]['model_dir']} and {len(folds) - 1} more",
+        "per case": result["per_case"],
+        "MLflow run": f"{result['mlflow_run_id']}   (medseg ui)",
+        "next": f"medseg predict {folds[0]['run_dir']} SCAN -o segmentations",
+    }
+    return Group(table, _places(places))
+
+
+def _places(places: Mapping[str, str]) -> Text:
     lines = "\n".join(f"{name:<12}{place}" for name, place in places.items())
-    return Group(table, Text(f"\n{lines}\n", overflow="ignore", no_wrap=True))
+    return Text(f"\n{lines}\n", overflow="ignore", no_wrap=True)
 
 
 def prediction_summary(result: Result) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,8 @@ from medseg.data.manifest import Case
 from medseg.data.volume_io import WRITABLE_SUFFIXES, write_volume
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
-from medseg.files import remove_leftovers
-from medseg.memory import is_out_of_memory
+from medseg.files import NO_ROOM, remove_leftovers
+from medseg.memory import asked_for, is_out_of_memory
 
 if TYPE_CHECKING:
     from medseg.data.transforms import Prepared
@@ -165,6 +166,8 @@ class _Segmenting:
             try:
                 _segment(segmenter, prepared(), job.files)
             except Exception as error:  # whatever is wrong with this scan, the others are still to be done
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
+                    raise  # but there is no room for them either
                 yield number, job.entry | _described(error, job.case)
                 continue
             seconds = round(time.monotonic() - started, 2)
@@ -199,7 +202,9 @@ def _described(error: Exception, case: Case) -> dict[str, str]:
     if isinstance(error, MedsegError):
         return {"error_id": error.error_id, "message": str(error)}
     if is_out_of_memory(error):
-        fault = DataError("E-MEMORY", f"does not fit into memory ({error}); crop it", where=str(case.images[0]))
+        fault = DataError(
+            "E-MEMORY", f"the memory is not enough{asked_for(error)}; crop it, or use more", where=str(case.images[0])
+        )
         return {"error_id": fault.error_id, "message": str(fault)}
     log.debug("case %s", case.id, exc_info=error)
     return {"error_id": "E-INTERNAL", "message": f"{type(error).__name__}: {error}"}
@@ -226,8 +231,8 @@ def _check_arguments(format: str, overlap: float | None, *, resume: bool, force:
 
 def _check_inputs_safe(cases: Sequence[Case], files: dict[str, tuple[Path, ...]]) -> None:
     """No segmentation takes the place of a scan or of a label, even with --force."""
-    sources = {path.resolve() for case in cases for path in case.files}
-    lost = [path for wanted in files.values() for path in wanted if path.resolve() in sources]
+    sources = {os.path.realpath(path) for case in cases for path in case.files}
+    lost = [path for wanted in files.values() for path in wanted if os.path.realpath(path) in sources]
     if lost:
         raise Problems(
             [DataError("E-OUTPUT-NAME", "is an input; choose another --output", where=str(path)) for path in lost]

@@ -7,26 +7,29 @@ import math
 import secrets
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medseg.build.data import TrainingData, manifest, training_data
-from medseg.build.model import Hardware, predictor, specification
+from medseg.build.model import Hardware, specification
 from medseg.build.provenance import run_tags
+from medseg.build.scoring import dice_result, score_held_out
 from medseg.build.training import check_parts, recorded
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
-from medseg.data.sources import read_label_map
 from medseg.display import console, track
-from medseg.errors import Interrupted, WorkflowError
-from medseg.files import write_atomically
-from medseg.metrics.table import Score, score_case, summarize, write_table
+from medseg.errors import Interrupted, TrainingError, WorkflowError
+from medseg.metrics.table import PER_CASE, read_table, write_table
 from medseg.model import save_model
+from medseg.tracking.mlflow_tracker import MlflowTracker
 from medseg.training.live import LiveDisplay
-from medseg.training.run_folder import RESULT, RunFolder
+from medseg.training.memory import memory_told
+from medseg.training.run_folder import FOLDS, RESULT, RunFolder
 from medseg.training.signals import ending_work
 from medseg.training.state import Progress
 from medseg.training.trainer import Trainer
@@ -35,6 +38,12 @@ from medseg.workflow import Workflow
 
 RUNS = Path("runs")
 REHEARSED_ITERATIONS = 5
+
+RESUMABLE = ("E-INTERRUPTED", "E-WORKER")
+"""What ends a training with its state saved, to be gone on with as it is."""
+
+FREE_TO_CHANGE = ("workers:",)
+"""What a resumed run may have otherwise than it began: nobody sees in a result how many processes read its cases."""
 
 Result = dict[str, Any]
 
@@ -61,7 +70,9 @@ def train(
         dry_run: Build everything, run a few iterations, say how long the training will take, and stop.
 
     Returns:
-        ``run_dir, mlflow_run_id, model_dir, best {step, mean_dice, dice}, seconds, iterations``, and more.
+        ``run_dir, mlflow_run_id, model_dir, per_case, best {step, mean_dice, dice}, seconds, iterations``, and more.
+        Of all folds ``folds`` has these for each; ``per_case`` and ``best`` are of all cases, each scored by the model
+        that has not seen it, ``model_dir`` and ``best.step`` are None, and ``model_dirs`` lists the models.
 
     Raises:
         MedsegError: For everything a user can mend.
@@ -76,14 +87,16 @@ def train(
         if held_out is None:
             return _cross_validate(plan, folder, hardware)
         return _train_fold(plan, folder, held_out, hardware)
-    except Interrupted as stop:
+    except (Interrupted, TrainingError) as stop:
+        if stop.error_id not in RESUMABLE:
+            raise
         command = ["medseg", "train", str(workflow)]
         for override in overrides:
             command += ["--set", override]
         command += ["--fold", fold] if fold else []
         command += ["--device", device] if device != "auto" else []
-        message = f"{stop.message}; go on with: {shlex.join([*command, '--output', str(folder), '--resume'])}"
-        raise Interrupted(stop.error_id, message) from None
+        stop.message += f"; go on with: {shlex.join([*command, '--output', str(folder), '--resume'])}"
+        raise
 
 
 def _train_fold(
@@ -91,40 +104,60 @@ def _train_fold(
 ) -> Result:
     started = time.monotonic()
     plan = plan.model_copy(update={"validate_": plan.validate_.model_copy(update={"fold": fold})})  # as it is recorded
-    data = _prepare(plan, fold)
+    data = _prepare(plan, fold, hardware)
     display = LiveDisplay(console(), f"{plan.name} fold {fold}", plan.train.iterations)
-    trainer = make_trainer(plan, data, observer=display, hardware=hardware)
+    with _training_memory(plan):
+        trainer = make_trainer(plan, data, observer=display, hardware=hardware)
     with RunFolder(path) as folder:  # only now: what cannot be built leaves no trace
         _record(plan, data, folder)
         tags = run_tags(plan, data)
         tracker = make_tracker(plan, path, run_name=f"{plan.name}-fold{fold}", tags=tags, parent_run_id=parent_run_id)
-        try:
-            with display:
+        with _ended(tracker):
+            with display, _training_memory(plan):
                 progress = trainer.fit(folder, tracker)
             with ending_work("the training is done and saved, its scoring is not"):
                 result = _finish(plan, data, trainer, progress, tracker)
             result["seconds"] = round(time.monotonic() - started, 1)
             tracker.log_metrics({"seconds": result["seconds"]}, progress.step)
-        except (Interrupted, KeyboardInterrupt):
-            tracker.finish("KILLED")
-            raise
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
-        tracker.finish("FINISHED")
         folder.write(RESULT, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _prepare(plan: Workflow, fold: int) -> TrainingData:
+@contextmanager
+def _ended(tracker: MlflowTracker) -> Iterator[None]:
+    """End an MLflow run as what happens inside ends."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
+
+
+def _training_memory(plan: Workflow) -> AbstractContextManager[None]:
+    """What to change where the memory is not enough to train."""
+    options = plan.train
+    remedy = (
+        f"batch_size is {options.batch_size} and patch_size {list(options.patch_size)}: make one of them smaller "
+        "(train.accumulate adds small batches up to a large one)"
+    )
+    remedy += "" if options.precision == "bf16" else ", or set train.precision: bf16"
+    return memory_told(remedy, where=plan.where("train", "patch_size"))
+
+
+def _prepare(plan: Workflow, fold: int, hardware: Hardware) -> TrainingData:
     source = manifest(plan)
-    check_parts(plan, source)
-    return training_data(plan, source, fold)
+    check_parts(plan, source, hardware)
+    with memory_told("set data.cache: disk, or a coarser data.spacing_mm", where=plan.where("data", "cache")):
+        return training_data(plan, source, fold)
 
 
-def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Progress, tracker: Any) -> Result:
+def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Progress, tracker: MlflowTracker) -> Result:
     """Keep the best weights as a model and score both checkpoints on every held-out scan's own grid."""
-    folder = trainer.folder
+    folder, organs = trainer.folder, data.labels.organs
     provenance = {
         "run_dir": str(folder.path),
         "mlflow_run_id": tracker.run_id,
@@ -133,107 +166,97 @@ def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Prog
         **run_tags(plan, data),
     }
     best = trainer.best.load()
-    weights = {"best": best["network"] if best else trainer.trained.state_dict(), "last": trainer.trained.state_dict()}
+    assert best is not None  # the last step is always validated
+    weights = {"best": best["network"], "last": trainer.trained.state_dict()}
     save_model(folder.model, specification(plan, data.manifest, data.preprocessing, provenance), weights["best"])
-    final: dict[str, Any] = {}
-    for which in ("last", "best"):
-        if which == "best" and progress.best_step == progress.step:
-            final["best"] = final["last"]
-            continue
-        scores = _score(plan, data, folder.path, weights[which], trainer.fabric.device.type, which)
-        final[which] = _means(scores)
-    write_table(folder.path / "per_case.csv", scores)
-    organs = list(data.labels.organs)
-    for which, dice in final.items():
-        tracker.log_metrics(
-            {f"final/{which}/dice/{organ}": value for organ, value in dice.items()}
-            | {f"final/{which}/mean_dice": _mean(dice, organs)},
-            progress.step,
-        )
-    for name in ("per_case.csv", "validation.csv", "workflow.yaml", "manifest.json"):
+    scores = {}
+    for which in ("best", "last") if progress.best_step < progress.step else ("best",):
+        device = trainer.fabric.device.type
+        scores[which] = score_held_out(plan, data, folder.path, weights=weights[which], device=device, called=which)
+    write_table(folder.path / PER_CASE, scores["best"])
+    found = {
+        "best": {"step": progress.best_step, **dice_result(scores["best"], organs)},
+        "last": {"step": progress.step, **dice_result(scores.get("last", scores["best"]), organs)},
+    }
+    for which, result in found.items():
+        dice = {f"final/{which}/dice/{organ}": value for organ, value in result["dice"].items()}
+        tracker.log_metrics(dice | {f"final/{which}/mean_dice": result["mean_dice"]}, progress.step)
+    for name in (PER_CASE, "validation.csv", "workflow.yaml", "manifest.json"):
         tracker.log_file(folder.path / name)
     for name in ("model.json", "model.safetensors"):
         tracker.log_file(folder.model / name, "model")
     return {
         "run_dir": str(folder.path),
         "mlflow_run_id": tracker.run_id,
+        "fold": data.fold,
         "model_dir": str(folder.model),
         "pictures": str(folder.pictures),
-        "per_case": str(folder.path / "per_case.csv"),
-        "best": {"step": progress.best_step, "mean_dice": _mean(final["best"], organs), "dice": final["best"]},
-        "last": {"step": progress.step, "mean_dice": _mean(final["last"], organs), "dice": final["last"]},
+        "per_case": str(folder.path / PER_CASE),
+        **found,
         "iterations": progress.step,
         "seconds_waiting_for_data": round(trainer.seconds_waiting, 1),
         "seconds_training": round(trainer.seconds_training, 1),
     }
 
 
-def _score(
-    plan: Workflow, data: TrainingData, run: Path, weights: Mapping[str, Any], device: str, which: str
-) -> list[Score]:
-    """Segment every held-out scan as `medseg predict` would, and score it on its own grid."""
-    segment = predictor(str(run), device=device, weights=weights, precision=plan.train.precision)
-    scores: list[Score] = []
-    for case in track(data.held_out, f"scoring the {which} checkpoint"):
-        assert case.label is not None
-        prediction = segment.segment(case.images).label
-        reference = read_label_map(case.label, data.preprocessing, images=case.images, labels=data.labels)
-        scores += score_case(case.id, reference, prediction, data.labels, unions=plan.validate_.unions)
-    return scores
-
-
 def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
     """Every fold, one after the other, as nested MLflow runs under a parent that holds the joint result."""
     source = manifest(plan)
-    check_parts(plan, source)
+    check_parts(plan, source, hardware)
     folds = sorted(set(source.folds().values()))
     for fold in folds:
         source.split(fold)
-    path.mkdir(parents=True, exist_ok=True)
-    parent = make_tracker(plan, path, run_name=f"{plan.name}-cv", tags={"medseg.folds": str(len(folds))})
-    results = []
-    try:
-        for fold in folds:
-            done = path / f"fold_{fold}" / RESULT
-            if done.exists():
-                results.append(json.loads(done.read_text()))
-            else:
-                results.append(_train_fold(plan, done.parent, fold, hardware, parent_run_id=parent.run_id))
-    except (Interrupted, KeyboardInterrupt):
-        parent.finish("KILLED")
-        raise
-    except BaseException:
-        parent.finish("FAILED")
-        raise
-    best = {
-        organ: float(np.nanmean([r["best"]["dice"][organ] for r in results])) for organ in results[0]["best"]["dice"]
-    }
-    mean = float(np.mean([r["best"]["mean_dice"] for r in results]))
-    parent.log_metrics({f"cv/dice/{organ}": value for organ, value in best.items()} | {"cv/mean_dice": mean}, 0)
-    parent.finish("FINISHED")
-    joint = {
+    with RunFolder(path) as folder:
+        folder.record(FOLDS, json.dumps(folds) + "\n")
+        folder.record("workflow.yaml", recorded(plan).to_yaml(), free=FREE_TO_CHANGE)
+        parent = make_tracker(plan, path, run_name=f"{plan.name}-cv", tags={"medseg.folds": str(len(folds))})
+        with _ended(parent):
+            results = []
+            for fold in folds:
+                done = path / f"fold_{fold}" / RESULT
+                if done.exists():
+                    results.append(json.loads(done.read_text()))
+                else:
+                    results.append(_train_fold(plan, done.parent, fold, hardware, parent_run_id=parent.run_id))
+            joint = _joint(results, path, source.labels.organs, parent)
+        folder.write(RESULT, json.dumps(joint, indent=1) + "\n")
+    return joint
+
+
+def _joint(results: Sequence[Result], path: Path, organs: Sequence[str], parent: MlflowTracker) -> Result:
+    """One table of all cases, each scored by the model that has not seen it, and what it adds up to."""
+    scores = [score for result in results for score in read_table(path / f"fold_{result['fold']}" / PER_CASE)]
+    write_table(path / PER_CASE, scores)
+    best = dice_result(scores, organs)
+    dice = {f"cv/dice/{organ}": value for organ, value in best["dice"].items()}
+    parent.log_metrics(dice | {"cv/mean_dice": best["mean_dice"]}, 0)
+    parent.log_file(path / PER_CASE)
+    return {
         "run_dir": str(path),
         "mlflow_run_id": parent.run_id,
-        "best": {"mean_dice": mean, "dice": best},
+        "model_dir": None,
+        "model_dirs": [result["model_dir"] for result in results],
+        "per_case": str(path / PER_CASE),
+        "best": {"step": None, **best},
         "folds": results,
-        "seconds": sum(r["seconds"] for r in results),
-        "iterations": sum(r["iterations"] for r in results),
+        "seconds": sum(result["seconds"] for result in results),
+        "iterations": sum(result["iterations"] for result in results),
     }
-    write_atomically(path / RESULT, (json.dumps(joint, indent=1) + "\n").encode())
-    return joint
 
 
 def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
     """Build everything, time a few iterations and one validation case, and extrapolate."""
-    data = _prepare(plan, fold)
+    data = _prepare(plan, fold, hardware)
     display = LiveDisplay(console(), plan.name, plan.train.iterations)
-    trainer = make_trainer(plan, data, observer=display, hardware=hardware)
     seconds = []
-    asked = time.monotonic()
-    for batch, _ in zip(trainer.batches(0), range(REHEARSED_ITERATIONS * plan.train.accumulate), strict=False):
-        loss = trainer.train_step([trainer.fabric.to_device(batch)])
-        seconds.append(time.monotonic() - asked)
+    with _training_memory(plan):
+        trainer = make_trainer(plan, data, observer=display, hardware=hardware)
         asked = time.monotonic()
+        num_steps = REHEARSED_ITERATIONS * plan.train.accumulate
+        for batch in track(islice(trainer.batches(0), num_steps), "rehearsing", total=num_steps):
+            loss = trainer.train_step([trainer.fabric.to_device(batch)])
+            seconds.append(time.monotonic() - asked)
+            asked = time.monotonic()
     assert isinstance(trainer.validate, Validator)
     trainer.trained.eval()
     trainer.validate.predict(trainer.trained, data.validation[0])
@@ -283,7 +306,7 @@ def _choose_folder(plan: Workflow, output: Path | None, *, resume: bool, all_fol
             console().print(f"{output} holds no run yet: a new one starts", style="yellow", markup=False)
         return output
     started = sorted((RUNS / plan.name).glob("*-*"))
-    unfinished = [run for run in started if not (run / RESULT).exists() and _is_of_folds(run) == all_folds]
+    unfinished = [run for run in started if not (run / RESULT).exists() and (run / FOLDS).exists() == all_folds]
     if not unfinished:
         raise WorkflowError(
             "E-RESUME", f"{RUNS / plan.name} holds no unfinished run; name one with --output", where="--resume"
@@ -291,23 +314,10 @@ def _choose_folder(plan: Workflow, output: Path | None, *, resume: bool, all_fol
     return unfinished[-1]
 
 
-def _is_of_folds(run: Path) -> bool:
-    return any(run.glob("fold_*"))
-
-
 def _record(plan: Workflow, data: TrainingData, folder: RunFolder) -> None:
     resolved = recorded(plan).model_copy(update={"data": plan.data.model_copy(update={"manifest": "manifest.json"})})
-    folder.record("workflow.yaml", resolved.to_yaml())
+    folder.record("workflow.yaml", resolved.to_yaml(), free=FREE_TO_CHANGE)
     folder.record("manifest.json", json.dumps(data.manifest.to_dict(data.hashes), indent=1) + "\n")
-
-
-def _means(scores: Sequence[Score]) -> dict[str, float]:
-    return {organ: metrics["dice"]["mean"] for organ, metrics in summarize(scores).items()}
-
-
-def _mean(dice: Mapping[str, float], organs: Sequence[str]) -> float:
-    values = [dice[organ] for organ in organs if not math.isnan(dice[organ])]
-    return float(np.mean(values)) if values else math.nan
 
 
 def _duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from ruamel.yaml import YAML
 
 from medseg.errors import MedsegError, Problems, WorkflowError
-from medseg.located_yaml import FieldPath, Positions, dotted, line_of, override, place, read_yaml
+from medseg.located_yaml import SET, FieldPath, Positions, dotted, line_of, override, place, read_yaml
 from medseg.registry import did_you_mean
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -206,7 +206,7 @@ class Workflow(Section):
         try:
             yield
         except MedsegError as error:
-            if isinstance(error, Problems) or (error.where and error.where.startswith(str(self._file))):
+            if isinstance(error, Problems) or (error.where and error.where.startswith((str(self._file), SET))):
                 raise
             if error.where:
                 error.message = f"{error.where}: {error.message}"
@@ -259,7 +259,7 @@ def _readable(item: Any) -> str:
 
 def _is_field(part: str | int) -> bool:
     """Whether a step of pydantic's location is a key of the YAML (and not the name of a union's branch)."""
-    branches = {"bool", "int", "float", "str", "none", "Ramp", "IntensityChoice"}
+    branches = {"bool", "int", "float", "str", "none", "Ramp", "IntensityChoice", "constrained-int"}
     return isinstance(part, int) or not (part in branches or "[" in part or "(" in part)
 
 

@@ -2,8 +2,9 @@
 
     python killed.py MOMENT COUNT medseg-arguments…
 
-MOMENT is a key of `MOMENTS`, and the kill comes when it is reached for the COUNT-th time; or it is "after", and the
-kill comes COUNT seconds after the imports. What every thread was doing is appended to killed.txt in the working folder.
+MOMENT is a key of `MOMENTS`, and the kill comes when it is reached for the COUNT-th time; or of `WORKER_MOMENTS`, which
+only worker processes reach, so that they are what is killed; or it is "after", and the kill comes COUNT seconds after
+the imports. What every thread was doing is appended to killed.txt in the working folder.
 """
 
 import functools
@@ -23,6 +24,10 @@ Condition = Callable[..., bool]
 
 def always(*_: Any) -> bool:
     return True
+
+
+def never_killed(*_: Any) -> bool:
+    return not Path("killed.txt").exists()
 
 
 def into(part: str) -> Condition:
@@ -48,7 +53,12 @@ MOMENTS: dict[str, tuple[str, str, Condition]] = {
     "updating the weights": ("torch.optim", "AdamW.step", always),
     "sending to MLflow": ("mlflow.tracking.client", "MlflowClient.log_batch", always),
     "writing the model": ("os", "replace", into("model.safetensors")),
-    "scoring": ("medseg.train", "score_case", always),
+    "scoring": ("medseg.build.scoring", "score_case", always),
+}
+
+WORKER_MOMENTS: dict[str, tuple[str, str, Condition]] = {
+    "the first worker reads a sample": ("medseg.data.dataset", "PatchDataset.__getitem__", never_killed),
+    "each worker reads a sample": ("medseg.data.dataset", "PatchDataset.__getitem__", always),
 }
 
 
@@ -68,7 +78,7 @@ def die() -> None:
 
 def kill_when(moment: str, count: int) -> None:
     """Have the function that stands for a moment die at its `count`-th call, instead of doing its work."""
-    module, name, condition = MOMENTS[moment]
+    module, name, condition = {**MOMENTS, **WORKER_MOMENTS}[moment]
     owner: Any = importlib.import_module(module)
     *path, last = name.split(".")
     for part in path:

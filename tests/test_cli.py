@@ -231,6 +231,13 @@ def test_predict_exits_with_3_when_some_cases_failed(fake: Fake) -> None:
     assert medseg("predict", "model", "a.nii", "-o", "out").stdout == "0 segmented in 1 s, 1 failed\n  a  spacing 0\n"
 
 
+def test_a_failed_scans_message_is_one_line_however_long(fake: Fake) -> None:
+    failed = [{"case": "a", "input": "a.nii", "error_id": "E-X", "message": f"E-X {'folder/' * 30}a.nii: is empty"}]
+    fake("predict", {"done": [], "failed": failed, "seconds": 1.0})
+    told = medseg("predict", "model", "a.nii", "-o", "out").stdout.splitlines()
+    assert told[1:] == [f"  a  {failed[0]['message']}"]
+
+
 def test_a_mistake_in_a_workflow_is_told_before_any_framework_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "w.yaml").write_text("nam: liver\n")
     script = """

@@ -19,9 +19,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from medseg.build.training import recorded
+from medseg.compare import compare
 from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import MedsegError
 from medseg.geometry import Geometry, Volume
+from medseg.outcome import print_result, training_summary
 from medseg.predict import predict
 from medseg.tracking.mlflow_tracker import open_store
 from medseg.train import train
@@ -131,7 +133,7 @@ def test_the_trained_model_segments_on_the_scans_own_grid(home):
     assert segmentation.geometry.matches(scan.geometry, tolerance=1e-6)
 
 
-def test_all_folds_are_nested_runs_under_a_parent_with_the_joint_result(home):
+def test_all_folds_are_nested_runs_under_a_parent_with_the_joint_result(home, capsys):
     result = train(Path("tiny.yaml"), fold="all", overrides=["train.iterations=4"])
     client = open_store(f"sqlite:///{home / 'mlflow.db'}")
     for fold in result["folds"]:
@@ -140,6 +142,33 @@ def test_all_folds_are_nested_runs_under_a_parent_with_the_joint_result(home):
     joint = histories(home, result["mlflow_run_id"])
     assert joint["cv/mean_dice"][0] == pytest.approx(result["best"]["mean_dice"])
     assert len(result["folds"]) == 3
+    rows = list(csv.DictReader(Path(result["per_case"]).read_text().splitlines()))
+    assert sorted({row["case"] for row in rows}) == [f"scan_{n}" for n in range(6)]
+    bright = [float(row["dice"]) for row in rows if row["organ"] == "bright"]
+    assert result["best"]["dice"]["bright"] == pytest.approx(np.mean(bright))
+    assert result["model_dir"] is None
+    assert [Path(model).parent.name for model in result["model_dirs"]] == ["fold_0", "fold_1", "fold_2"]
+    compared = compare([result["run_dir"], result["mlflow_run_id"]])["comparisons"][0]["organs"]["bright"]
+    assert (compared["n"], compared["ties"]) == (6, 6)
+    with pytest.raises(MedsegError, match=r"E-MODEL .*a model for each of 3 folds; name one .*fold_0"):
+        predict(result["run_dir"], [Path("images/scan_1.nii.gz")], output=Path("out"))
+    capsys.readouterr()
+    print_result(result, as_json=False, table=training_summary)
+    assert "fold 2, iteration 4" in capsys.readouterr().out
+
+
+def test_all_folds_killed_before_the_first_has_a_folder_are_found_by_resume(home):
+    arguments = ("--fold", "all", "--set", "train.iterations=4")
+    killed = start(home, *arguments, program=[str(KILLED), "writing a case into the cache", "1"])
+    killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    (folder,) = (home / "runs" / "tiny").iterdir()
+    assert not list(folder.glob("fold_*"))
+    result = train(Path("tiny.yaml"), fold="all", overrides=["train.iterations=4"], resume=True)
+    assert home / result["run_dir"] == folder
+    (folder / "result.json").unlink()
+    with pytest.raises(MedsegError, match=r"E-RESUME .*'iterations: 4' is now 'iterations: 8'"):
+        train(Path("tiny.yaml"), fold="all", overrides=["train.iterations=8"], resume=True)
 
 
 def test_fine_tuning_starts_from_a_models_weights(home):
@@ -156,6 +185,18 @@ def test_fine_tuning_starts_from_a_models_weights(home):
     before, after = (load_file(Path(r["model_dir"]) / "model.safetensors") for r in (first, second))
     for name in before:
         assert np.allclose(before[name], after[name], atol=1e-6) == (not name.startswith("head")), name
+
+
+@pytest.mark.parametrize(("supervised", "then"), [("true", "false"), ("false", "true")])
+def test_heads_that_only_deep_supervision_has_do_not_keep_fine_tuning_from_starting(home, supervised, then):
+    common = ["train.iterations=1", "network.args.channels=[4, 4, 4, 4]"]
+    first = train(Path("tiny.yaml"), overrides=[*common, f"train.deep_supervision={supervised}"])
+    again = ["train.optimizer.lr=1e-12", f"init={{model: {first['run_dir']}}}", f"train.deep_supervision={then}"]
+    second = train(Path("tiny.yaml"), overrides=[*common, *again])
+    before, after = (load_file(Path(r["model_dir"]) / "model.safetensors") for r in (first, second))
+    assert ("extra_heads.0.weight" in before) == (supervised == "true")
+    assert ("extra_heads.0.weight" in after) == (then == "true")
+    assert np.allclose(before["head.weight"], after["head.weight"], atol=1e-6)
 
 
 def test_a_slice_network_trains_on_volumes_and_predicts_volumes(home):
@@ -351,6 +392,69 @@ def assert_as_if_never_killed(home: Path, whole: dict, broken: dict) -> None:
 def test_a_run_killed_with_sigkill_and_resumed_ends_as_if_never_killed(home):
     broken = killed_and_resumed(home, ("writing a checkpoint", 2), ("validating", 3))
     assert_as_if_never_killed(home, run(home, "--output", "whole"), broken)
+
+
+def test_a_worker_that_is_killed_is_replaced_and_the_result_is_the_same(home):
+    program = [str(KILLED), "the first worker reads a sample", "7"]
+    process = start(home, "--json", "--output", "broken", program=program)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count("W-WORKER") == 1
+    assert "a data-loading worker was ended by SIGKILL" in err
+    (home / "killed.txt").unlink()
+    assert_as_if_never_killed(home, train(Path("tiny.yaml"), output=Path("whole")), json.loads(out))
+
+
+def test_workers_that_are_killed_again_and_again_end_a_training_that_fewer_can_go_on_with(home):
+    program = [str(KILLED), "each worker reads a sample", "5"]
+    process = start(home, "--set", "train.workers=1", "--output", "broken", program=program)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 4
+    assert err.count("W-WORKER") == 2
+    message = " ".join(err.split())
+    assert re.search(r"E-WORKER --set train\.workers: .*SIGKILL, 3 times in a row; .*use fewer train\.workers", message)
+    assert "medseg train tiny.yaml --set train.workers=1 --output broken --resume" in message
+    assert "Traceback" not in err
+    client = open_store(f"sqlite:///{home / 'mlflow.db'}")
+    run_id = json.loads((home / "broken" / "tracking.json").read_text())["run_id"]
+    assert client.get_run(run_id).info.status == "FAILED"
+    (home / "killed.txt").unlink()
+    broken = train(Path("tiny.yaml"), overrides=["train.workers=0"], output=Path("broken"), resume=True)
+    whole = train(Path("tiny.yaml"), overrides=["train.workers=0"], output=Path("whole"))
+    assert_as_if_never_killed(home, whole, broken)
+
+
+LIMITED = """
+import resource
+from pathlib import Path
+import medseg.train
+from medseg.cli import main
+
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 900_000_000,) * 2)
+main()
+"""
+
+
+def test_a_patch_that_the_memory_cannot_hold_is_told_with_what_to_change(home):
+    overrides = (
+        "train.patch_size=[128, 128, 128]",
+        "network.args.channels=[64, 64]",
+        "augment=none",
+        "train.workers=0",
+    )
+    arguments = [part for override in overrides for part in ("--set", override)]
+    process = start(home, "--output", "out", *arguments, program=["-c", LIMITED])
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 4, err
+    expected = (
+        r"E-MEMORY --set train\.patch_size: the memory is not enough: 1\.07 GB more were asked for; batch_size is 2"
+    )
+    assert re.search(expected + r" and patch_size \[128, 128, 128\]: .*train\.accumulate", " ".join(err.split())), err
+    assert "Traceback" not in err
+    client = open_store(f"sqlite:///{home / 'mlflow.db'}")
+    run_id = json.loads((home / "out" / "tracking.json").read_text())["run_id"]
+    assert client.get_run(run_id).info.status == "FAILED"
 
 
 @pytest.mark.slow

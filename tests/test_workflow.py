@@ -92,6 +92,29 @@ def test_an_override_replaces_a_value_and_is_blamed_for_its_faults(tmp_path):
     assert "must look like" in refusal(tmp_path, GOOD, "train.batch_size")
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trian.batch_size=3", "--set trian: not a field; did you mean 'train'?"),
+        ("name.first=3", "--set name: must be a valid string, found {'name': 'liver', 'first': 3}"),
+        ("train.workers=-1", "--set train.workers: must be greater than or equal to 0, found -1"),
+        ("train.patch_size.0=3", "E-SET --set train.patch_size: is a list"),
+    ],
+)
+def test_a_slip_in_an_override_is_not_blamed_on_the_file(tmp_path, override, expected):
+    told = refusal(tmp_path, GOOD, override)
+    assert expected in told
+    assert "w.yaml" not in told
+
+
+def test_what_the_file_says_stays_its_own_beside_an_override(tmp_path):
+    text = GOOD.replace("network: {name: unet, args: {channels: [8, 16]}}", "network: unet")
+    workflow = load(tmp_path, text, "network.args.channels=[4]")
+    assert workflow.network.name == "unet"
+    assert "w.yaml:" in workflow.where("network", "name")
+    assert workflow.where("network", "args").startswith("--set")
+
+
 def test_an_alias_bomb_is_refused(tmp_path):
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)

@@ -165,7 +165,7 @@ def _serve(connection: Connection, work: Work[Any, Any], jobs: Mapping[int, Any]
     try:
         for result in work(jobs, lambda number: say("begun", number)):
             say("done", result)
-    except MedsegError as error:
+    except (MedsegError, OSError) as error:  # a full disk among them
         say("raised", error)
     except Exception as error:
         fault = WorkerError("E-INTERNAL", f"{type(error).__name__}: {error}; this is a fault of medseg")

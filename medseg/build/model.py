@@ -141,6 +141,10 @@ def find_model(model: str, tracking_uri: str | None = None) -> Path:
     for folder in (path, path / "model"):
         if (folder / "model.json").exists():
             return folder
+    folds = sorted(path.glob("fold_*/model/model.json"))
+    if folds:
+        message = f"holds a model for each of {len(folds)} folds; name one of them, e.g. {folds[0].parents[1]}"
+        raise ModelError("E-MODEL", message, where=model)
     if path.is_dir():
         raise ModelError(
             "E-MODEL", "holds no model.json; name a model folder, or a run folder whose training has ended", where=model

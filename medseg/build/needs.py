@@ -143,7 +143,7 @@ def _dims_rows(workflow: Workflow, facts: Sequence[CaseFacts]) -> Iterator[Row]:
 
 
 def _patch_rows(workflow: Workflow, source: Manifest, facts: Sequence[CaseFacts]) -> Iterator[Row]:
-    """Patches that hang over most scans: the network computes on zeros."""
+    """Patches that hang over most scans, or that the network continues to a size its strides divide."""
     patch = _patch(workflow)
     shapes = [grid.shape for grid in _grids(workflow, source, facts).values() if len(grid.shape) == len(patch)]
     if not shapes:
@@ -155,13 +155,23 @@ def _patch_rows(workflow: Workflow, source: Manifest, facts: Sequence[CaseFacts]
         return
     median = np.median(shapes, axis=0).round().astype(int).tolist()
     axes = [a for a in range(3) if len(workflow.train.patch_size) == 3 or a != workflow.data.slice_axis]
-    sizes = (net.network if isinstance(net, OnSlices) else net).sizes
-    enough = {axis: max(size.padded(median[axis]), size.minimum) for axis, size in zip(axes, sizes, strict=True)}
+    if isinstance(net, OnSlices):
+        net = net.network
+    enough = {axis: max(size.padded(median[axis]), size.minimum) for axis, size in zip(axes, net.sizes, strict=True)}
     if any(patch[axis] > enough[axis] for axis in axes):
         better = [min(patch[axis], enough[axis]) for axis in axes]
         message = (
             f"a patch of {_times(patch[axis] for axis in axes)} voxels for scans of {_times(median)} (median at this "
             f"spacing): the rest of it is zeros; {_times(better)} holds as much of the scan and is faster"
+        )
+        yield Row("W-PATCH-SIZE", message, file=workflow.where("train", "patch_size"))
+        return
+    given = [patch[axis] for axis in axes]
+    computed = [size.padded(n) for size, n in zip(net.sizes, given, strict=True)]
+    if computed != given:
+        message = (
+            f"a patch of {_times(given)} voxels is computed as one of {_times(computed)}, which the network's strides "
+            f"divide; {_times(net.efficient_size(given))} needs no padding"
         )
         yield Row("W-PATCH-SIZE", message, file=workflow.where("train", "patch_size"))
 

@@ -17,9 +17,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from medseg.build.data import TrainingData
+from medseg.build.memory import check_step_fits
 from medseg.build.model import Hardware, find_model, network, specification
 from medseg.data.augment import Augmentation, augmentation
-from medseg.data.dataset import CachedCase, Patch, PatchDataset, StepSampler, patch_loader
+from medseg.data.dataset import CachedCase, PatchDataset, StepSampler, patch_loader
 from medseg.data.manifest import Manifest, expand_variables
 from medseg.errors import WorkflowError
 from medseg.geometry import Volume
@@ -37,23 +38,30 @@ from medseg.reporting.overlay import contour_picture
 from medseg.tracking.mlflow_tracker import MlflowTracker
 from medseg.tracking.uri import without_password
 from medseg.training import optim
+from medseg.training.loading import lasting_batches
 from medseg.training.signals import leave_to_parent
-from medseg.training.state import Observer, Settings, Target
+from medseg.training.state import Batch, Observer, Settings, Target
 from medseg.training.trainer import Trainer
 from medseg.training.validator import Validator
 from medseg.workflow import Ramp as RampChoice
 from medseg.workflow import Workflow
 
 
-def check_parts(workflow: Workflow, source: Manifest) -> None:
+def check_parts(workflow: Workflow, source: Manifest, hardware: Hardware | None = None) -> None:
     """Build network, loss and augmentation once without memory, so that a slip is told before any case is read.
 
+    Args:
+        workflow: The workflow.
+        source: Its manifest.
+        hardware: What it is to train on; None: the best there is.
+
     Raises:
-        WorkflowError: For the first part that cannot be built, with its line.
+        WorkflowError: For the first part that cannot be built, with its line, and for a step that does not fit.
     """
     spec = specification(workflow, source)
     with torch.device("meta"):
         net = _network(workflow, spec)
+    check_step_fits(workflow, net, len(source.channels), hardware or Hardware())
     _try_loss(workflow, source.labels, loss(workflow, net))
     _augmentation(workflow, source.labels, spec)
     with workflow.blamed("infer", "postprocess"):
@@ -232,20 +240,30 @@ def _start_from(workflow: Workflow, net: nn.Module) -> None:
         return
     path = workflow.file.parent / expand_variables(workflow.init.model)
     _, weights = load_model(find_model(str(path) if path.exists() else workflow.init.model, workflow.track.uri))
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(workflow.init.skip)}
     own = net.state_dict()
+    kept = {
+        name: tensor
+        for name, tensor in weights.items()
+        if not name.startswith(workflow.init.skip) and (name in own or not _is_for_training(name))
+    }
     wrong = [
         f"{name} {tuple(tensor.shape)} → {tuple(own[name].shape) if name in own else 'absent here'}"
         for name, tensor in kept.items()
         if name not in own or own[name].shape != tensor.shape
     ]
-    missing = [name for name in own if name not in weights and not name.startswith(workflow.init.skip)]
+    fresh = [name for name in own if name not in weights and not _is_for_training(name)]
+    missing = [name for name in fresh if not name.startswith(workflow.init.skip)]
     if wrong or missing:
         listed = "; ".join([*wrong, *[f"{name} missing in the model" for name in missing]][:8])
         raise WorkflowError(
             "E-INIT", f"{len(wrong) + len(missing)} weights do not fit: {listed}; list their beginnings in init.skip"
         )
     net.load_state_dict({**own, **kept})
+
+
+def _is_for_training(name: str) -> bool:
+    """Whether a weight is that of a head which only deep supervision has; see `medseg.nets.network`."""
+    return "extra_heads" in name.split(".")
 
 
 def _batches(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fabric) -> Callable[[int], Iterable[Any]]:
@@ -256,19 +274,21 @@ def _batches(workflow: Workflow, data: TrainingData, spec: ModelSpec, fabric: Fa
         _augmentation(workflow, data.labels, spec, spacing_mm=grid.spacing_mm),
         foreground_ratio=options.foreground_ratio,
         seed=options.seed,
+        slice_axis=workflow.data.slice_axis if workflow.data.context_slices else None,
     )
     workers = _num_workers(workflow)
     last = options.iterations * options.accumulate
 
-    def batches(first: int) -> Iterable[Any]:
-        sampler = StepSampler(
-            first, last, batch_size=options.batch_size, rank=fabric.global_rank, world_size=fabric.world_size
-        )
+    def loader(first: int) -> Iterable[Any]:
+        sampler = StepSampler(first, last, batch_size=options.batch_size)
         pin_memory = fabric.device.type == "cuda"
-        loader = patch_loader(dataset, sampler, workers=workers, pin_memory=pin_memory, worker_init=leave_to_parent)
-        return loader if grid.spatial_dims == 3 else map(_as_slices, loader)
+        return patch_loader(dataset, sampler, workers=workers, pin_memory=pin_memory, worker_init=leave_to_parent)
 
-    def _as_slices(batch: Patch) -> Patch:
+    def batches(first: int) -> Iterable[Any]:
+        loaded = lasting_batches(loader, first, where=workflow.where("train", "workers"))
+        return loaded if grid.spatial_dims == 3 else map(_as_slices, loaded)
+
+    def _as_slices(batch: Batch) -> Batch:
         """Pictures (B, C, I, J) as what a network on slices takes, e.g. (B, C, I, J, 1)."""
         axis = 2 + workflow.data.slice_axis
         return {**batch, "image": batch["image"].unsqueeze(axis), "label": batch["label"].unsqueeze(axis)}

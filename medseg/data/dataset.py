@@ -215,13 +215,24 @@ class PatchDataset(Dataset[Patch]):
         foreground_ratio: Share of patches centred on an organ: a class drawn uniformly among those
             of the case, then a voxel of it.
         seed: Seed of the run.
+        slice_axis: Axis along which a patch is a slice with its neighbours: then every slice has its turn, the
+            outermost ones standing in for the neighbours they lack, as at prediction.
     """
 
-    def __init__(self, cases: Sequence[CachedCase], augment: Augment, *, foreground_ratio: float, seed: int) -> None:
+    def __init__(
+        self,
+        cases: Sequence[CachedCase],
+        augment: Augment,
+        *,
+        foreground_ratio: float,
+        seed: int,
+        slice_axis: int | None = None,
+    ) -> None:
         self.cases = list(cases)
         self.augment = augment
         self.foreground_ratio = foreground_ratio
         self.seed = seed
+        self.slice_axis = slice_axis
 
     def __getitem__(self, index: int) -> Patch:
         """Sample `index` of the run: ``image`` float32 (C, I, J, K), ``label`` integer (1, I, J, K), ``case`` its id."""
@@ -233,7 +244,8 @@ class PatchDataset(Dataset[Patch]):
             center = self._center(case, index, generator)
             seed = int(generator.integers(2**63))
             size = self.augment.source_size_for(seed)  # a rotated patch needs more around it
-            sample = {"image": read_patch(case.image, center, size), "label": read_patch(case.label, center, size)}
+            image, label = (read_patch(a, center, size, repeated=self.slice_axis) for a in (case.image, case.label))
+            sample = {"image": image, "label": label}
             sample = self.augment(sample, seed)
         finally:
             torch.set_num_threads(threads)
@@ -249,22 +261,22 @@ class PatchDataset(Dataset[Patch]):
             center = voxels[int(generator.integers(len(voxels)))]
         else:
             center = generator.integers(shape)
-        return inside(center, shape, self.augment.patch_size)
+        size = list(self.augment.patch_size)
+        if self.slice_axis is not None:
+            size[self.slice_axis] = 1
+        return inside(center, shape, size)
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batches of sample indices from a step on: sample ``step · batch_size + slot``, on every rank its share."""
+    """Batches of sample indices from a step on: sample ``step · batch_size + slot``."""
 
-    def __init__(self, first_step: int, last_step: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, first_step: int, last_step: int, *, batch_size: int) -> None:
         self.steps = range(first_step, last_step)
         self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
 
     def __iter__(self) -> Any:
         for step in self.steps:
-            first = (step * self.world_size + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
+            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -297,9 +309,13 @@ def inside(center: npt.NDArray[np.int64], shape: npt.NDArray[np.int64], size: Se
 
 
 def read_patch(
-    array: npt.NDArray[Any], center: Sequence[int] | npt.NDArray[np.int64], size: Sequence[int]
+    array: npt.NDArray[Any],
+    center: Sequence[int] | npt.NDArray[np.int64],
+    size: Sequence[int],
+    *,
+    repeated: int | None = None,
 ) -> npt.NDArray[Any]:
-    """Copy a patch out of (C, I, J, K), zeros where it hangs over the edge."""
+    """Copy a patch out of (C, I, J, K), zeros where it hangs over the edge; along the axis `repeated` its last slice."""
     start = np.asarray(center) - np.asarray(size) // 2
     stop = start + np.asarray(size)
     low, high = np.maximum(start, 0), np.minimum(stop, array.shape[1:])
@@ -308,7 +324,10 @@ def read_patch(
         return np.ascontiguousarray(cut)
     patch = np.zeros((array.shape[0], *size), dtype=array.dtype)
     patch[(slice(None), *[slice(a, b) for a, b in zip(low - start, high - start, strict=True)])] = cut
-    return patch
+    if repeated is None:
+        return patch
+    first, last = (low - start)[repeated], (high - start)[repeated] - 1
+    return patch.take(np.arange(size[repeated]).clip(first, last), axis=repeated + 1)
 
 
 def file_hash(path: Path, memory: Path) -> str:

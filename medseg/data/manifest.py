@@ -26,9 +26,10 @@ from medseg.registry import did_you_mean
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 NUM_FOLDS = 5
+LEAVES_ROOT = "allow_outside_root"
 KEYS = (
     *("name", "format", "labels", "regions", "region_order", "ignore_label", "pairs", "modality", "channel_names"),
-    *("root", "training", "test", "phantom", "licence", "source", "download"),
+    *("root", LEAVES_ROOT, "training", "test", "phantom", "licence", "source", "download"),
 )
 
 log = logging.getLogger("medseg")
@@ -70,6 +71,8 @@ class Manifest:
         channels: What each channel is, e.g. ``("CT",)``.
         training: Cases with labels.
         test: Cases that are never trained on.
+        root: The folder that relative paths start from.
+        outside: Case id to those of its files that the manifest may not name, see `check_root`.
         phantom: How to make the cases, for synthetic data sets.
         source: The JSON as it was read.
     """
@@ -81,6 +84,7 @@ class Manifest:
     training: tuple[Case, ...]
     test: tuple[Case, ...]
     root: Path
+    outside: Mapping[str, tuple[Path, ...]] = field(default_factory=dict, repr=False)
     phantom: Mapping[str, Any] | None = None
     source: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -90,8 +94,23 @@ class Manifest:
 
         Raises:
             DataError: If it is missing, not JSON, or lacks what a manifest needs.
+            Problems: If it names files outside its root, see `check_root`.
         """
-        data = _read_json(path)
+        manifest = cls.from_dict(_read_json(path), path)
+        manifest.check_root()
+        return manifest
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], path: Path) -> Manifest:
+        """The manifest that some JSON is, wherever its paths lead.
+
+        Args:
+            data: The JSON.
+            path: The file that it stands in; relative paths start from its folder.
+
+        Raises:
+            DataError: If it lacks what a manifest needs.
+        """
         _warn_of_typos(data, path)
         missing = [key for key in ("labels", "training") if key not in data]
         if missing:
@@ -110,10 +129,16 @@ class Manifest:
         root = _root(data, path)
         modality = data.get("modality") or data.get("channel_names") or {"0": "image"}
         channels = tuple(modality.values()) if isinstance(modality, dict) else tuple(modality)
-        cases = {}
+        may_leave = data.get(LEAVES_ROOT, False)
+        if not isinstance(may_leave, bool):
+            raise DataError("E-MANIFEST", f"{LEAVES_ROOT} must be true or false, found {may_leave!r}", where=str(path))
+        cases: dict[str, tuple[Case, ...]] = {}
+        outside: dict[str, tuple[Path, ...]] = {}
         for split in ("training", "test"):
             entries = data.get(split) or []
             cases[split] = tuple(_case(entry, root, f"{path}: {split}[{n}]") for n, entry in enumerate(entries))
+            for case, entry in zip(cases[split], entries, strict=True):
+                outside[case.id] = () if may_leave else _outside(case, entry, root, is_stated=bool(data.get("root")))
         manifest = cls(
             name=str(data.get("name") or path.stem),
             path=path,
@@ -122,10 +147,38 @@ class Manifest:
             training=cases["training"],
             test=cases["test"],
             root=root,
+            outside=outside,
             phantom=data.get("phantom"),
             source=data,
         )
         return _with_unique_ids(manifest)
+
+    def check_root(self) -> None:
+        """Refuse files outside the root, all at once, unless the manifest says that it may name them.
+
+        A root that the manifest states holds all of its files. Without one, its own folder is the root of relative
+        paths, and no ``..`` leads out of it; an absolute path then is as plain as a root, and what medseg itself
+        writes. Links may lead anywhere: clusters keep the scans themselves elsewhere.
+
+        Raises:
+            Problems: If there are any.
+        """
+        message = self.why_not_outside
+        problems = [
+            DataError("E-OUTSIDE-ROOT", f"{file} {message}", where=f"case {name}")
+            for name, files in self.outside.items()
+            for file in files
+        ]
+        if problems:
+            raise Problems(problems)
+
+    @property
+    def why_not_outside(self) -> str:
+        """What is wrong with the files of `outside`, and what to do."""
+        return (
+            f"lies outside {os.path.normpath(self.root)}, the root of this manifest; correct the path or the root, or, "
+            f'if it is meant, add "{LEAVES_ROOT}": true to {self.path.name}'
+        )
 
     def check_files(self, cases: Sequence[Case] | None = None) -> None:
         """Report every missing file and every training case without a label, all at once.
@@ -326,8 +379,7 @@ def _case(entry: Any, root: Path, where: str) -> Case:
         entry = {"image": entry}
     if not isinstance(entry, dict) or "image" not in entry:
         raise DataError("E-MANIFEST", "a case needs an 'image'", where=where)
-    listed = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-    images = tuple(_path(root, image, where) for image in listed)
+    images = tuple(_path(root, image, where) for image in _images(entry))
     label = _path(root, entry["label"], where) if entry.get("label") else None
     name = str(entry.get("id") or case_id(images[0]))
     fold = entry.get("fold")
@@ -335,6 +387,26 @@ def _case(entry: Any, root: Path, where: str) -> Case:
         raise DataError("E-FOLD", f"fold {fold!r} is not a whole number", where=where)
     sha256 = _stated_hashes(entry.get("sha256"), images, label, where)
     return Case(name, images, label, str(entry.get("patient") or name), fold, sha256)
+
+
+def _images(entry: Mapping[str, Any]) -> list[Any]:
+    return entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+
+
+def _outside(case: Case, entry: Any, root: Path, *, is_stated: bool) -> tuple[Path, ...]:
+    """The files of a case that its manifest may not name, see `Manifest.check_root`."""
+    texts = [entry] if isinstance(entry, str) else [*_images(entry), *filter(None, [entry.get("label")])]
+    return tuple(
+        file
+        for file, text in zip(case.files, texts, strict=True)
+        if (is_stated or not os.path.isabs(expand_variables(text))) and not _is_below(file, root)
+    )
+
+
+def _is_below(file: Path, folder: Path) -> bool:
+    """By its path or, where that has links in it, by where it is."""
+    by_path = file.is_relative_to(os.path.normpath(folder))
+    return by_path or Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
 
 
 def _stated_hashes(stated: Any, images: Sequence[Path], label: Path | None, where: str) -> dict[Path, str]:

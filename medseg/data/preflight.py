@@ -20,6 +20,7 @@ from __future__ import annotations
 import gzip
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ from medseg.errors import DataError
 _GZIP_MAGIC = b"\x1f\x8b"
 _MAX_DEFLATE_RATIO = 1032  # no deflate stream expands further
 _DAMAGED: tuple[Any, ...] = (gzip.BadGzipFile, isal_zlib.error)
+_WITHOUT_END = "the checksum behind them is missing"
 _CHUNK = 2**20  # larger ones leave the processor's cache
+_SMALL_CHUNK = 2**16  # of compressed bytes, which may expand to a thousand times as many
+_GZIP_WINDOW = 31  # zlib's way to ask for a gzip header and checksum
 
 log = logging.getLogger("medseg")
 
@@ -75,9 +79,9 @@ def read_nifti(
         if promised > stored * (1 if stream is file else _MAX_DEFLATE_RATIO):  # known before memory is taken
             raise _truncated(path, promised, f"a file of {stored:,} bytes cannot hold them")
         extensions = np.empty(header.offset - len(head), np.uint8)
-        _fill(stream, extensions, path, promised=promised, before=len(head))
+        _fill(stream, extensions, path, promised=promised)
         voxels = np.empty(header.num_bytes, np.uint8)
-        _fill(stream, voxels, path, promised=promised, before=header.offset)
+        _fill(stream, voxels, path, promised=promised)
         _read_rest(stream, path, promised)
     return header, voxels
 
@@ -109,7 +113,7 @@ def _decompressed(file: BufferedIOBase, path: Path) -> BufferedIOBase:
 def _read_head(stream: BufferedIOBase, path: Path) -> bytes:
     """The bytes of the header, 348 (NIfTI-1) or 540 (NIfTI-2)."""
     start = np.zeros(4, np.uint8)
-    _fill(stream, start, path, promised=352, before=0)
+    _fill(stream, start, path, promised=352)
     stated = [int.from_bytes(start.tobytes(), "little"), int.from_bytes(start.tobytes(), "big")]
     size = next((n for n in (348, 540) if n in stated), 0)
     if not size:
@@ -119,18 +123,33 @@ def _read_head(stream: BufferedIOBase, path: Path) -> bytes:
             "E-NIFTI-MAGIC", f"is not NIfTI: it begins with {shown!r}; export the scan again", where=str(path)
         )
     rest = np.empty(size - 4, np.uint8)
-    _fill(stream, rest, path, promised=size + 4, before=4)
+    _fill(stream, rest, path, promised=size + 4)
     return start.tobytes() + rest.tobytes()
 
 
-def _fill(stream: BufferedIOBase, buffer: npt.NDArray[np.uint8], path: Path, *, promised: int, before: int) -> None:
-    """Read until the buffer is full; `promised` and `before` (bytes) are for the message if it does not get full."""
+def _fill(stream: BufferedIOBase, buffer: npt.NDArray[np.uint8], path: Path, *, promised: int) -> None:
+    """Read until the buffer is full; `promised` (bytes) is for the message if it does not get full."""
     done = 0
     while done < buffer.size:
         count = _read_some(stream, buffer[done : done + _CHUNK], path)
         if not count:
-            raise _truncated(path, promised, f"got {before + done:,}")
+            there = _num_there(path)
+            raise _truncated(path, promised, f"got {there:,}" if there < promised else _WITHOUT_END)
         done += count
+
+
+def _num_there(path: Path) -> int:
+    """Bytes that a file holds, decompressed as far as it goes: the stream that broke off does not say."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == _GZIP_MAGIC
+        if not compressed:
+            return path.stat().st_size
+        file.seek(0)
+        stream, count = isal_zlib.decompressobj(wbits=_GZIP_WINDOW), 0
+        with suppress(EOFError, *_DAMAGED):
+            while chunk := file.read(_SMALL_CHUNK):
+                count += len(stream.decompress(chunk))
+        return count
 
 
 def _read_some(stream: BufferedIOBase, buffer: npt.NDArray[np.uint8], path: Path) -> int:
@@ -150,7 +169,7 @@ def _read_rest(stream: BufferedIOBase, path: Path, promised: int) -> None:
         while count := stream.readinto(chunk.data):
             extra += count
     except EOFError:
-        raise _truncated(path, promised, "the checksum behind them is missing") from None
+        raise _truncated(path, promised, _WITHOUT_END) from None
     except _DAMAGED as error:
         raise _damaged(path, error) from None
     if extra:

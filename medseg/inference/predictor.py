@@ -129,7 +129,15 @@ class Predictor:
         Raises:
             DataError: If the scan cannot be used, or is not like those that the model was trained on.
         """
-        prepared = preprocess(images, None, self.spec.preprocessing)
+        try:
+            prepared = preprocess(images, None, self.spec.preprocessing)
+        except DataError as error:
+            if error.error_id == "E-CHANNELS":
+                error.message += (
+                    f"; this model takes {', '.join(self.spec.channels)}: "
+                    'give a manifest whose cases name them, {"test": [{"image": [FILE, …]}]}'
+                )
+            raise
         self._check_modality(prepared, any_modality=any_modality)
         for channel, (low, high) in zip(self.spec.channels, prepared.ranges, strict=False):
             if fault := hounsfield_fault(channel, low, high):
@@ -147,11 +155,12 @@ class Predictor:
     def segment_prepared(self, prepared: Prepared, *, with_probabilities: bool = False) -> Segmentation:
         """Segment what `prepare` returned; of a scan that shows nothing, nothing is segmented."""
         labels = self.spec.labels
-        if all(np.ptp(channel) == 0 for channel in prepared.image):
+        shows_something = any(np.ptp(channel) for channel in prepared.image)
+        if shows_something:
+            logits = self._logits(prepared)
+        else:
             log.warning("W-EMPTY %s: shows nothing after clipping; so does the segmentation", prepared.name)
             logits = self._nothing(prepared)
-        else:
-            logits = self._logits(prepared)
         label, probabilities = restore(
             logits,
             labels,
@@ -163,6 +172,14 @@ class Predictor:
         array = label.array[0]
         for step, values in self._steps:
             array = step(array, values)
+        if shows_something and not array.any():
+            log.warning("W-EMPTY-PREDICTION %s: nothing was found in it", prepared.name)
+        if not prepared.source.is_orthogonal:
+            log.warning(
+                "W-SHEARED %s: its slices are tilted, and its segmentation stands on the same sheared grid, which ITK's "
+                "tools refuse to open; segment what medseg data convert makes of it to have both straight",
+                prepared.name,
+            )
         return Segmentation(Volume(array[None], label.geometry), probabilities)
 
     def _logits(self, prepared: Prepared) -> Tensor:

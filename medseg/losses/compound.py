@@ -58,14 +58,20 @@ class Compound(nn.Module):
 
 
 class DeepSupervision(nn.Module):
-    """The loss of the main output plus the weighted losses of the others, each at its own resolution.
+    """The weighted mean of the losses of all outputs, each at its own resolution.
+
+    The weights are brought to a sum of 1, as nnU-Net does: the loss stays as large as without deep supervision, and
+    what is tuned to its size (learning rates of SGD, gradient clipping) holds for both.
 
     It is the target that is brought to an output's resolution, by nearest voxel: classes stay classes,
     regions stay 0 or 1, and no coarse logits are interpolated to full size.
 
     Args:
         loss: Takes (logits, target, mask).
-        extra_weights: One for each output but the main one, whose weight is 1.
+        extra_weights: One for each output but the main one, whose weight is 1 before they are brought to that sum.
+
+    Reference:
+        Isensee et al. 2021, doi:10.1038/s41592-020-01008-z.
     """
 
     def __init__(self, loss: nn.Module, extra_weights: Sequence[float]) -> None:
@@ -79,7 +85,7 @@ class DeepSupervision(nn.Module):
             self.loss.set_step(step)
 
     def forward(self, outputs: Tensor | Sequence[Tensor], target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The sum, a float32 scalar.
+        """The mean, a float32 scalar.
 
         Args:
             outputs: Logits (B, R, I, J[, K]) as a network gives them: one, or the main ones and the extra ones.
@@ -93,7 +99,7 @@ class DeepSupervision(nn.Module):
             size = logits.shape[2:]
             coarse_mask = None if mask is None else at_size(mask, size)
             total = total + weight * self.loss(logits, at_size(target, size), coarse_mask)
-        return total
+        return total / (1 + sum(self.extra_weights))
 
 
 def at_size(target: Tensor, size: Sequence[int]) -> Tensor:

@@ -20,6 +20,9 @@ from medseg.labels import Labels
 from medseg.metrics import METRICS
 from medseg.metrics.confusion import Counts, count
 
+PER_CASE = "per_case.csv"
+"""What a table with a row per case and organ is called, in a run folder and wherever else."""
+
 NUM_RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 
@@ -90,7 +93,7 @@ def score_case(
         GeometryError: If the label maps do not stand on the same grid.
         WorkflowError: If a metric is unknown.
     """
-    organs = {**labels.organ_values, **(unions or {})}
+    organs = labels.scored(unions or {})
     return score_organs(case, reference, prediction, organs, ignore_label=labels.ignore_label, metrics=metrics)
 
 
@@ -183,6 +186,21 @@ def write_table(path: Path, scores: Sequence[Score]) -> None:
         fields = ["" if math.isnan(number) else f"{number:.6f}" for number in numbers]
         table.writerow([score.case, score.organ, *fields, score.note])
     write_atomically(path, text.getvalue().encode())
+
+
+def read_table(path: Path) -> list[Score]:
+    """The scores that `write_table` wrote."""
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [
+        Score(
+            row.pop("case"),
+            row.pop("organ"),
+            note=row.pop("note"),
+            values={m: float(v or "nan") for m, v in row.items()},
+        )
+        for row in rows
+    ]
 
 
 def _note(counts: Counts) -> str:

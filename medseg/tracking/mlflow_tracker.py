@@ -7,7 +7,6 @@ run joins whatever was left open before.
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import math
@@ -29,7 +28,7 @@ from PIL import Image
 from medseg.errors import ModelError, WorkflowError
 from medseg.files import write_atomically
 from medseg.tracking.sender import BackgroundSender, Sender, StoreError
-from medseg.tracking.spool import Delivery, Record, Spool, lock_run
+from medseg.tracking.spool import REWIND, Delivery, Record, Spool, lock_run
 from medseg.tracking.uri import absolute_uri, initialization_lock, sqlite_file, without_password
 
 if TYPE_CHECKING:
@@ -163,15 +162,16 @@ class MlflowTracker:
         """Log a file, or a folder with all that is in it, into an artifact folder."""
         self._spool.append([{"kind": "file", "path": self._kept(path), "folder": folder}])
 
-    def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-        """Write rows to ``<name>.csv`` in the run folder and log it."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        path = self._run_dir / f"{name.removesuffix('.csv')}.csv"
-        write_atomically(path, text.getvalue().encode())
-        self.log_file(path)
+    def rewind(self, step: int, count: int) -> None:
+        """Say that the training went back to a step and takes another course from there.
+
+        The store shows both courses, as it forgets nothing; a step's latest value is that of the second.
+
+        Args:
+            step: The last one whose numbers still hold.
+            count: How often this has happened; saying it again changes nothing.
+        """
+        self._spool.append([{"kind": REWIND, "key": str(count), "step": int(step)}])
 
     def finish(self, status: Status, *, wait_seconds: float = FINISH_SECONDS) -> None:
         """End the run, waiting a bounded time for what is still to be sent."""
@@ -236,8 +236,8 @@ class MlflowRun:
             self._link(experiment, run_id)
             self._delivery.note(self._run_dir, run_id=run_id)
 
-    def steps(self, key: str) -> set[int]:
-        return {metric.step for metric in ask(self._client.get_metric_history, self._run_id, key)}
+    def points(self, key: str) -> set[tuple[int, int]]:
+        return {(metric.step, metric.timestamp) for metric in ask(self._client.get_metric_history, self._run_id, key)}
 
     def is_open(self) -> bool:
         return bool(ask(self._client.get_run, self._run_id).info.lifecycle_stage == "active")

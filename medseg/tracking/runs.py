@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from medseg.data.manifest import cache_folder
 from medseg.errors import ModelError, WorkflowError
 from medseg.files import temporary_path
+from medseg.metrics.table import PER_CASE
 from medseg.tracking.mlflow_tracker import ENVIRONMENT, RUN_DIR_TAG, ask, find_by_local_id, is_local_id, open_store
 from medseg.tracking.sender import StoreError
 from medseg.tracking.spool import Delivery
@@ -24,11 +25,9 @@ from medseg.tracking.uri import absolute_uri, initialization_lock, sqlite_file, 
 if TYPE_CHECKING:
     from medseg.tracking.mlflow_tracker import MlflowClient
 
-TABLE = "per_case.csv"
-
 
 @dataclass(frozen=True)
-class RunInfo:
+class _Run:
     """A run in the tracking store.
 
     Args:
@@ -44,19 +43,6 @@ class RunInfo:
     run_dir: Path | None
 
 
-def resolve_run(run_id: str, uri: str | None = None) -> RunInfo:
-    """Look a run up by its id.
-
-    Args:
-        run_id: MLflow's, or the local one that a run has while its store is down.
-        uri: Tracking store; None: $MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db``.
-
-    Raises:
-        ModelError: If the store does not answer or does not know the run.
-    """
-    return _resolve(_connect(uri), run_id, uri)
-
-
 def model_folder(run_id: str, uri: str | None = None) -> Path:
     """The model folder of a run: in its run folder, or else downloaded once into the user's cache.
 
@@ -64,7 +50,7 @@ def model_folder(run_id: str, uri: str | None = None) -> Path:
         ModelError: If there is no such run, or it has logged no model.
     """
     client = _connect(uri)
-    run = _resolve(client, run_id, uri)
+    run = _found(client, run_id, uri)
     if run.run_dir and (run.run_dir / "model" / "model.json").exists():
         return run.run_dir / "model"
     return _downloaded(client, run, "model")
@@ -77,9 +63,10 @@ def per_case_table(run_id: str, uri: str | None = None) -> list[dict[str, str]]:
         ModelError: If there is no such run, or it has logged no table.
     """
     client = _connect(uri)
-    run = _resolve(client, run_id, uri)
-    here = run.run_dir is not None and (run.run_dir / TABLE).exists()
-    path = run.run_dir / TABLE if run.run_dir and here else _downloaded(client, run, TABLE)
+    run = _found(client, run_id, uri)
+    path = run.run_dir / PER_CASE if run.run_dir else None
+    if path is None or not path.exists():
+        path = _downloaded(client, run, PER_CASE)
     with path.open(newline="") as stream:
         return list(csv.DictReader(stream))
 
@@ -155,7 +142,7 @@ def _connect(uri: str | None) -> MlflowClient:
         raise ModelError("E-TRACK-DOWN", f"does not answer: {error}", where=without_password(uri)) from None
 
 
-def _resolve(client: MlflowClient, run_id: str, uri: str | None) -> RunInfo:
+def _found(client: MlflowClient, run_id: str, uri: str | None) -> _Run:
     where = without_password(absolute_uri(uri))
     try:
         if is_local_id(run_id):
@@ -168,7 +155,7 @@ def _resolve(client: MlflowClient, run_id: str, uri: str | None) -> RunInfo:
         message = f"{run_id!r} is no folder, and {where} has no run of that id; check both, or name another store"
         raise ModelError("E-RUN", message, where=run_id) from None
     folder = Path(run.data.tags.get(RUN_DIR_TAG, ""))
-    return RunInfo(
+    return _Run(
         run_id=run.info.run_id,
         name=run.info.run_name,
         status=run.info.status,
@@ -182,7 +169,7 @@ def _is_folder_of(folder: Path, run_id: str) -> bool:
     return delivery is not None and delivery.run_id == run_id
 
 
-def _downloaded(client: MlflowClient, run: RunInfo, artifact: str) -> Path:
+def _downloaded(client: MlflowClient, run: _Run, artifact: str) -> Path:
     """A run's artifact in the cache, whole or not there."""
     cache = cache_folder() / "runs" / run.run_id
     path = cache / artifact

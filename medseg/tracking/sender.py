@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from medseg.tracking.spool import Delivery, Line, Record, Spool
+from medseg.tracking.spool import REWIND, Delivery, Line, Record, Spool
 
 SEND_EVERY_SECONDS = 2.0
 RETRY_SECONDS = (5.0, 60.0)
@@ -53,8 +53,8 @@ class Store(Protocol):
     def prepare(self) -> None:
         """Connect, and make the run unless it is there."""
 
-    def steps(self, key: str) -> set[int]:
-        """Which steps of a metric have arrived."""
+    def points(self, key: str) -> set[tuple[int, int]]:
+        """Step and time of each value of a metric that has arrived."""
 
     def send(self, records: Sequence[Record]) -> None:
         """Write metrics, parameters and tags, or a single record of another kind."""
@@ -68,7 +68,7 @@ class Sender:
 
     Before lines are sent, ``tracking.json`` says how far; after they arrived, it says so. Lines between the
     two marks may or may not have arrived (the process was killed, the answer was lost), so the store is asked
-    which steps it has before they are sent again. What is no metric the store overwrites anyway.
+    which values it has before they are sent again. What is no metric the store overwrites anyway.
 
     Args:
         run_dir: The run folder.
@@ -82,7 +82,7 @@ class Sender:
         self._delivery = delivery
         self._spool = spool
         self._store = store
-        self._steps: dict[str, set[int]] = {}
+        self._points: dict[str, set[tuple[int, int]]] = {}
 
     def num_unsent(self) -> int:
         return len(self._spool.read(self._delivery.sent))
@@ -103,7 +103,7 @@ class Sender:
             return 0
         doubtful = delivery.attempted
         if doubtful > delivery.sent:
-            self._steps.clear()  # what is remembered of the store may be older than that attempt
+            self._points.clear()  # what is remembered of the store may be older than that attempt
         delivery.note(self._run_dir, attempted=max(doubtful, lines[-1].end))
         for group in _groups(lines):
             self._send_group([line.record for line in group if not self._has_arrived(line, doubtful)])
@@ -112,12 +112,16 @@ class Sender:
 
     def _has_arrived(self, line: Line, doubtful: int) -> bool:
         record = line.record
+        if record["kind"] == REWIND:
+            return True
         if record["kind"] != "metric" or (line.end > doubtful and not self._delivery.joined):
             return False
         key = record["key"]
-        if key not in self._steps:
-            self._steps[key] = self._store.steps(key)
-        return record["step"] in self._steps[key]
+        if key not in self._points:
+            self._points[key] = self._store.points(key)
+        if self._delivery.joined:
+            return record["step"] in {step for step, _ in self._points[key]}
+        return (record["step"], record["time"]) in self._points[key]  # after a rewind a step has two values
 
     def _send_group(self, records: Sequence[Record]) -> None:
         if not records:

@@ -17,6 +17,9 @@ LINES_FILE = "tracking.jsonl"
 STATE_FILE = "tracking.json"
 LOCK_FILE = "tracking.lock"
 
+REWIND = "rewind"
+"""Kind of a line that is for the spool alone: the store keeps what it has, and gets the new values beside it."""
+
 Record = Mapping[str, Any]
 Identity = tuple[str, str, int | None]
 
@@ -38,8 +41,9 @@ class Spool:
     """The lines a run has logged, in order: ``tracking.jsonl``.
 
     A line is whole or it is ignored: one torn by SIGKILL or a full disk is skipped for good. A metric
-    or parameter that was logged before (a resumed training replays the steps after its checkpoint) is
-    not taken again, so the first value of a step stays its only one.
+    or parameter that was logged before (a resumed training replays the steps after its checkpoint, to the
+    same values) is not taken again. A line of the kind ``rewind`` says that the training went back to a step
+    and takes another course from there: the metrics after that step may be logged once more.
 
     Args:
         run_dir: The run folder; made if need be.
@@ -48,7 +52,9 @@ class Spool:
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / LINES_FILE
-        self._known = {name for line in self.read() if (name := _identity(line.record))}
+        self._known: set[Identity] = set()
+        for line in self.read():
+            self._learn(line.record)
         if self._ends_torn():
             with self._path.open("ab") as stream:
                 stream.write(b"\n")  # shut the torn line off, lest it swallow the next one
@@ -57,11 +63,9 @@ class Spool:
         """Add the records that are not there yet; once this returns, a kill of the process loses none of them."""
         lines = []
         for record in records:
-            name = _identity(record)
-            if name is None or name not in self._known:
+            if _identity(record) not in self._known:
                 lines.append(json.dumps(record).encode() + b"\n")
-            if name is not None:
-                self._known.add(name)
+                self._learn(record)
         with self._path.open("ab") as stream:
             stream.write(b"".join(lines))
 
@@ -79,6 +83,14 @@ class Spool:
             if record is not None:
                 lines.append(Line(record, end))
         return lines
+
+    def _learn(self, record: Record) -> None:
+        if name := _identity(record):
+            self._known.add(name)
+        if record["kind"] == REWIND:
+            self._known = {
+                (kind, key, step) for kind, key, step in self._known if step is None or step <= record["step"]
+            }
 
     def _ends_torn(self) -> bool:
         if not self._path.exists() or self._path.stat().st_size == 0:
@@ -156,6 +168,8 @@ def _identity(record: Record) -> Identity | None:
     """What may be said only once; None for what the store overwrites anyway (tags, files, pictures, status)."""
     if record["kind"] in ("metric", "param"):
         return record["kind"], record["key"], record.get("step")
+    if record["kind"] == REWIND:
+        return REWIND, record["key"], None
     return None
 
 

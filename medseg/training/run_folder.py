@@ -17,6 +17,9 @@ from medseg.files import remove_leftovers, write_atomically
 RESULT = "result.json"
 """Written last: a run without it is unfinished."""
 
+FOLDS = "folds.json"
+"""Written first: a folder with it holds the runs of all folds."""
+
 VALIDATION_COLUMNS = ("step", "case", "organ", "dice")
 
 
@@ -72,20 +75,29 @@ class RunFolder:
         """Write a text file whole."""
         write_atomically(self.path / name, text.encode())
 
-    def record(self, name: str, text: str) -> None:
+    def record(self, name: str, text: str, *, free: tuple[str, ...] = ()) -> None:
         """Write down what the run is made from; a resumed run must be made from the same.
+
+        Args:
+            name: Of the file.
+            text: Its content.
+            free: Beginnings of lines that may differ, as nothing hangs on them.
 
         Raises:
             WorkflowError: If the file is there and says something else.
         """
         known = self.path / name
-        if known.exists() and known.read_text() != text:
-            changed = _first_difference(known.read_text(), text)
-            raise WorkflowError(
-                "E-RESUME",
-                f"differs from what this run began with: {changed}; undo that, or start a new run",
-                where=str(known),
+        if known.exists():
+            before, now = (
+                [line.strip() for line in whole.splitlines() if not line.strip().startswith(free)]
+                for whole in (known.read_text(), text)
             )
+            if before != now:
+                raise WorkflowError(
+                    "E-RESUME",
+                    f"differs from what this run began with: {_first_difference(before, now)}; undo that, or start a new run",
+                    where=str(known),
+                )
         self.write(name, text)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -142,8 +154,8 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _first_difference(before: str, after: str) -> str:
-    for old, new in zip(before.splitlines(), after.splitlines(), strict=False):
+def _first_difference(before: Sequence[str], now: Sequence[str]) -> str:
+    for old, new in zip(before, now, strict=False):
         if old != new:
-            return f"{old.strip()!r} is now {new.strip()!r}"
+            return f"{old!r} is now {new!r}"
     return "its length"

@@ -40,6 +40,7 @@ class Tracker(Protocol):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
     def log_picture(self, picture: npt.NDArray[np.uint8], name: str, step: int) -> None: ...
+    def rewind(self, step: int, count: int) -> None: ...
 
 
 class Observer(Protocol):
@@ -72,8 +73,6 @@ class Progress:
     step: int = 0
     scores: list[float] = field(default_factory=list)  # mean Dice at each validation
     best_step: int = 0
-    best_dice: dict[str, float] = field(default_factory=dict)
-    last_dice: dict[str, float] = field(default_factory=dict)
     lr_scale: float = 1.0  # halved each time the training diverged
     restores: int = 0
     loss_sum: float = 0.0  # since the last logged step

@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from medseg.errors import Interrupted, TrainingError
+from medseg.errors import Interrupted, ModelError, TrainingError
 from medseg.training.checkpoint import Checkpoints
 from medseg.training.optim import Rate
 from medseg.training.run_folder import RunFolder
@@ -93,7 +93,7 @@ class Trainer:
 
         Raises:
             Interrupted: After SIGTERM or Ctrl-C; the state is saved.
-            TrainingError: If the loss stays NaN or infinite.
+            TrainingError: If the loss stays NaN or infinite, or no more batches can be had (the state is saved then).
         """
         self.folder, self.tracker = folder, tracker
         self.last = Checkpoints(folder.checkpoints / "last", keep=2)
@@ -149,15 +149,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write the last checkpoint."""
-        if self.fabric.is_global_zero:
-            self.last.save(self._state(), self.progress.step)
+        self.last.save(self._state(), self.progress.step)
 
     def _save_as_good(self) -> None:
         """Save at a step that does not hang on the clock or on a signal: a divergence goes back there, and to the
         same step whether or not the run was interrupted in between.
         """
-        if self.fabric.is_global_zero:
-            self.good.save(self._state(), self.progress.step)
+        self.good.save(self._state(), self.progress.step)
         self.save()
 
     def _run_until_done_or_diverged(self) -> None:
@@ -165,7 +163,7 @@ class Trainer:
         self.network.train()
         skipped = progress.skipped
         saved = asked = time.monotonic()
-        for batches in _groups(self.batches(progress.step * settings.accumulate), settings.accumulate):
+        for batches in _groups(self._loaded(progress.step * settings.accumulate), settings.accumulate):
             batches = [self.fabric.to_device(batch) for batch in batches]
             got = time.monotonic()
             loss = self.train_step(batches)
@@ -195,6 +193,14 @@ class Trainer:
                 return
             asked = time.monotonic()
 
+    def _loaded(self, first: int) -> Iterator[Batch]:
+        """The batches; where no more can be had, what was trained so far is saved before that is told."""
+        try:
+            yield from self.batches(first)
+        except TrainingError:
+            self.save()
+            raise
+
     def _validate(self) -> None:
         if self.validate is None:
             return
@@ -209,18 +215,15 @@ class Trainer:
         ]
         mean = float(np.mean(scored)) if scored else 0.0
         if mean > progress.best:
-            progress.best_step, progress.best_dice = progress.step, dice
-            if self.fabric.is_global_zero:
-                self.best.save({"step": progress.step, "network": copy.copy(network.state_dict())}, progress.step)
+            progress.best_step = progress.step
+            self.best.save({"step": progress.step, "network": copy.copy(network.state_dict())}, progress.step)
         progress.scores.append(mean)
-        progress.last_dice = dice
-        if self.fabric.is_global_zero:
-            self.folder.add_validation(progress.step, result.rows)
-            self.tracker.log_metrics(
-                {f"val/dice/{organ}": value for organ, value in dice.items()} | {"val/mean_dice": mean}, progress.step
-            )
-            for case, picture in result.pictures.items():
-                self.tracker.log_picture(picture, case, progress.step)
+        self.folder.add_validation(progress.step, result.rows)
+        self.tracker.log_metrics(
+            {f"val/dice/{organ}": value for organ, value in dice.items()} | {"val/mean_dice": mean}, progress.step
+        )
+        for case, picture in result.pictures.items():
+            self.tracker.log_picture(picture, case, progress.step)
         self.observer.on_validation(progress.step, dice, mean, progress.best)
 
     def _log_loss(self, loss: float) -> None:
@@ -233,9 +236,8 @@ class Trainer:
                 "train/lr": self.optimizer.param_groups[0]["lr"],
             }
             progress.loss_sum, progress.loss_count = 0.0, 0
-            if self.fabric.is_global_zero:
-                self.tracker.log_metrics(values, progress.step)
-                self.folder.log(progress.step, values)
+            self.tracker.log_metrics(values, progress.step)
+            self.folder.log(progress.step, values)
         self.observer.on_step(progress.step, loss)
 
     def _finished(self) -> bool:
@@ -264,13 +266,19 @@ class Trainer:
         self.best.clear_after(step)
         self.good.clear_after(step)
         self.folder.continue_from(step)
+        if self.progress.restores:
+            self.tracker.rewind(step, self.progress.restores)  # in case the kill came before it was told
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.network.module.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
-        self.progress = Progress(**state["progress"])
+        try:
+            self.progress = Progress(**state["progress"])
+        except TypeError as error:
+            message = f"was written by another version of medseg ({error}); start again without --resume"
+            raise ModelError("E-CHECKPOINT", message, where=str(self.last.folder)) from None
 
     def _restore_last_good(self, diverged: _Diverged) -> None:
         """Back to the last checkpoint with half the learning rate; after a few times, give up."""
@@ -287,6 +295,7 @@ class Trainer:
         self.folder.continue_from(self.progress.step)
         self.progress.restores, self.progress.lr_scale = restores, scale
         self._save_as_good()
+        self.tracker.rewind(self.progress.step, restores)
         self.observer.note(
             f"loss not finite {MAX_SKIPS} times in a row: back to iteration {self.progress.step}, learning rate × {scale}"
         )

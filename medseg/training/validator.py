@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from medseg.data.dataset import CachedCase
 from medseg.labels import Labels
 from medseg.metrics.confusion import count, dice
+from medseg.training.memory import LARGE_SCAN, memory_told
 from medseg.training.state import Validation
 
 NUM_PICTURES = 3
@@ -61,12 +62,13 @@ class Validator:
 
     def predict(self, network: nn.Module, case: CachedCase) -> npt.NDArray[Any]:
         """The network's label map, (I, J[, K])."""
-        image = torch.from_numpy(np.asarray(case.image, dtype=np.float32)).to(self.device)
-        logits = self.segment(network, image)
-        return self.labels.segment(logits[None])[0].cpu().numpy()
+        with memory_told(LARGE_SCAN, where=f"case {case.id}"):
+            image = torch.from_numpy(np.asarray(case.image, dtype=np.float32)).to(self.device)
+            logits = self.segment(network, image)
+            return self.labels.segment(logits[None])[0].cpu().numpy()
 
     def score(self, case: CachedCase, predicted: npt.NDArray[Any]) -> dict[str, float]:
         """Dice of each organ and union."""
-        organs = {**self.labels.organ_values, **{name: tuple(values) for name, values in self.unions.items()}}
-        counts = count(np.asarray(case.label[0]), predicted, organs, ignore_label=self.labels.ignore_label)
+        organs, ignored = self.labels.scored(self.unions), self.labels.ignore_label
+        counts = count(np.asarray(case.label[0]), predicted, organs, ignore_label=ignored)
         return {organ: dice(found) for organ, found in counts.items()}

@@ -162,9 +162,26 @@ def test_the_index_alone_decides_a_sample_whatever_the_workers(tmp_path):
     assert runs[0][0]["image"].shape == (2, 1, 6, 6, 6)
 
 
-def test_ranks_share_a_step_without_overlap():
-    steps = [list(StepSampler(0, 2, batch_size=3, rank=rank, world_size=2)) for rank in range(2)]
-    assert sorted(index for rank in steps for batch in rank for index in batch) == list(range(12))
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_every_slice_is_drawn_and_the_outermost_stand_in_for_the_neighbours_they_lack(tmp_path, axis):
+    (case,) = cache_in(tmp_path).prepare([make_case(tmp_path, "a")])
+    size = [6, 6, 6]
+    size[axis] = 3
+    dataset = PatchDataset([case], NoAugment(tuple(size)), foreground_ratio=0.0, seed=0, slice_axis=axis)
+    drawn = set()
+    for index in range(200):
+        before, middle, after = dataset[index]["image"][0].movedim(axis, 0)
+        scan = np.moveaxis(np.asarray(case.image[0]), axis, 0)
+        (n,) = [k for k in range(len(scan)) if _holds(scan[k], middle)]
+        assert _holds(scan[max(n - 1, 0)], before)
+        assert _holds(scan[min(n + 1, len(scan) - 1)], after)
+        drawn.add(n)
+    assert drawn == set(range(case.image.shape[axis + 1]))
+
+
+def _holds(plane: np.ndarray, part: torch.Tensor) -> bool:
+    windows = np.lib.stride_tricks.sliding_window_view(plane, tuple(part.shape))
+    return bool((windows == part.numpy()).all(axis=(2, 3)).any())
 
 
 def test_every_second_patch_holds_an_organ_and_classes_come_equally_often(tmp_path):

@@ -298,12 +298,14 @@ def test_a_file_that_changed_since_the_manifest_was_written_is_an_error(data: Da
     assert data.found() == {("E-SHA256", "c0")}
 
 
-def test_files_outside_the_stated_root_are_named(data: DataSet) -> None:
-    data.manifest["root"] = "."
+def test_a_file_outside_the_root_is_an_error_and_left_out_of_a_correction(data: DataSet, tmp_path: Path) -> None:
+    elsewhere = data.write("../elsewhere.nii.gz", data.voxels(0))
     data.manifest["training"][0]["image"] = "../elsewhere.nii.gz"
-    data.write("../elsewhere.nii.gz", data.voxels(0))
-    assert data.found() == {("W-OUTSIDE-ROOT", "elsewhere")}
-    del data.manifest["root"]
+    assert data.found() == {("E-OUTSIDE-ROOT", "elsewhere")}
+    assert data.row("E-OUTSIDE-ROOT")["file"] == str(elsewhere.resolve())
+    fixed = data.check(fix=tmp_path / "out")["fixed"]
+    assert list(fixed["left_out"]) == ["elsewhere"], "whether it is meant, only a person knows"
+    data.manifest["allow_outside_root"] = True
     assert data.found() == set()
 
 

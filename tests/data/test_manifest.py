@@ -58,11 +58,59 @@ def test_a_patient_on_both_sides_of_a_given_fold_is_refused(tmp_path):
         ([pair("a", fold=0), pair("b")], {}, "E-FOLD"),
         ([pair("a")], {"labels": {"0": "background", "3": "x"}}, "E-LABELS"),
         ([pair("a")], {"root": "${NOT_SET_ANYWHERE}/x"}, "E-VARIABLE"),
+        ([pair("a")], {"allow_outside_root": "yes"}, "E-MANIFEST .*must be true or false, found 'yes'"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, training, more, expected):
     with pytest.raises(MedsegError, match=expected):
         Manifest.load(write(tmp_path, training, **more)).split(0)
+
+
+OUTSIDE = [  # root, image, whether it may be named
+    (None, "../other/a.nii.gz", False),
+    (None, "scans/../../other/a.nii.gz", False),
+    (None, "${DATA}/../other/a.nii.gz", False),
+    (None, "scans/../a.nii.gz", True),
+    (None, "{home}/other/a.nii.gz", True),
+    (".", "{home}/other/a.nii.gz", False),
+    (".", "{home}/set/a.nii.gz", True),
+    ("../other", "a.nii.gz", True),
+    ("../other", "../other2/a.nii.gz", False),
+    ("../other", "../set/a.nii.gz", False),
+    ("..", "other/a.nii.gz", True),
+]
+
+
+@pytest.mark.parametrize(("root", "image", "is_allowed"), OUTSIDE)
+def test_files_stay_below_the_root_unless_the_manifest_says_otherwise(tmp_path, monkeypatch, root, image, is_allowed):
+    monkeypatch.setenv("DATA", ".")
+    (tmp_path / "set").mkdir()
+    more = {} if root is None else {"root": root}
+    cases = [{"image": image.replace("{home}", str(tmp_path))}]
+    path = write(tmp_path / "set", cases, **more)
+    if is_allowed:
+        assert Manifest.load(path).training[0].images[0].is_relative_to(tmp_path)
+        return
+    with pytest.raises(MedsegError, match=r"E-OUTSIDE-ROOT case a: .*a\.nii\.gz lies outside .*allow_outside_root"):
+        Manifest.load(path)
+    path = write(tmp_path / "set", cases, allow_outside_root=True, **more)
+    assert Manifest.load(path).training[0].images[0].is_relative_to(tmp_path)
+
+
+def test_all_files_outside_the_root_are_told_at_once(tmp_path):
+    with pytest.raises(MedsegError) as caught:
+        Manifest.load(write(tmp_path, [pair("a"), {"image": "../b.nii", "label": "../c.nii"}], test=["../d.nii"]))
+    told = [Path(line.split()[3]).name for line in str(caught.value).splitlines()]
+    assert told == ["b.nii", "c.nii", "d.nii"]
+
+
+def test_links_lead_wherever_they_like_and_are_known_by_either_name(tmp_path):
+    for folder in ("real", "store", "set"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "set" / "scans").symlink_to(tmp_path / "store")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    Manifest.load(write(tmp_path / "set", [{"image": "scans/a.nii.gz"}], root="."))
+    Manifest.load(write(tmp_path / "set", [{"image": f"{tmp_path}/real/a.nii.gz"}], root=f"{tmp_path}/link"))
 
 
 def test_all_missing_files_are_reported_at_once(tmp_path):

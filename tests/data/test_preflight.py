@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,10 +76,21 @@ def test_a_truncated_file_is_refused_with_both_sizes(tmp_path: Path, name: str, 
         assert f"{kept:,}" in error.message
 
 
-@pytest.mark.parametrize("lost", [1, 8, 50, 200])
-def test_a_gzip_stream_that_breaks_off_is_refused(tmp_path: Path, lost: int) -> None:
-    error = refusal(write(tmp_path, gzip.compress(nifti())[:-lost]))
+@pytest.mark.parametrize("lost", [1, 8, 50, 200, 60_000])
+def test_a_gzip_stream_that_breaks_off_is_refused_with_both_sizes(tmp_path: Path, lost: int) -> None:
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (40, 30, 50)).astype(np.int16)
+    content = gzip.compress(nifti(voxels=voxels))[:-lost]
+    error = refusal(write(tmp_path, content))
     assert error.error_id == "E-NIFTI-TRUNCATED"
+    there = len(zlib.decompressobj(wbits=31).decompress(content))
+    promised = 352 + voxels.nbytes
+    found = f"got {there:,};" if there < promised else "the checksum behind them is missing;"
+    assert f"expected {promised:,} bytes, {found}" in error.message
+
+
+@pytest.mark.parametrize("lost", [1, 8, 50, 200])
+def test_a_tiny_gzip_stream_that_breaks_off_is_refused(tmp_path: Path, lost: int) -> None:
+    assert refusal(write(tmp_path, gzip.compress(nifti())[:-lost])).error_id == "E-NIFTI-TRUNCATED"
 
 
 def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_each_loss_needs_a_weight() -> None:
         Compound([Dice(), Dice()], [1])
 
 
-def test_deep_supervision_sums_the_loss_at_each_resolution() -> None:
+def test_deep_supervision_averages_the_loss_of_each_resolution_by_weight() -> None:
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.randn(2, 3, *size, generator=generator) for size in ((8, 6), (4, 3), (2, 2))]
     target = torch.randint(0, 3, (2, 8, 6), generator=generator)
@@ -68,7 +68,12 @@ def test_deep_supervision_sums_the_loss_at_each_resolution() -> None:
     expected = expected + 0.5 * Dice()(outputs[1], target[:, 1::2, 1::2], mask[..., 1::2, 1::2])
     rows, columns = torch.tensor([2, 6])[:, None], torch.tensor([1, 4])
     expected = expected + 0.25 * Dice()(outputs[2], target[:, rows, columns], mask[..., rows, columns])
-    torch.testing.assert_close(DeepSupervision(Dice(), (0.5, 0.25))(outputs, target, mask), expected)
+    torch.testing.assert_close(DeepSupervision(Dice(), (0.5, 0.25))(outputs, target, mask), expected / 1.75)
+
+
+def test_deep_supervision_leaves_a_loss_as_large_as_it_is() -> None:
+    outputs = [torch.zeros(1, 2, *size) for size in ((8, 8), (4, 4), (2, 2))]
+    assert DeepSupervision(Count(), (0.5, 0.25))(outputs, torch.zeros(1, 8, 8, dtype=torch.long)) == 1
 
 
 def test_deep_supervision_takes_a_single_output_and_passes_the_step_on() -> None:

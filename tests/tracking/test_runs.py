@@ -10,7 +10,7 @@ import pytest
 
 from medseg.errors import ModelError, WorkflowError
 from medseg.tracking.mlflow_tracker import MlflowTracker
-from medseg.tracking.runs import model_folder, per_case_table, resolve_run, serve_ui
+from medseg.tracking.runs import model_folder, per_case_table, serve_ui
 
 from .conftest import Server
 
@@ -26,14 +26,13 @@ def finished(store: str, begin: Begin, tmp_path: Path) -> MlflowTracker:
     (folder / "model.json").write_text('{"format": 1}')
     (folder / "model.safetensors").write_bytes(b"weights")
     tracker.log_file(folder)
-    tracker.log_table([{"case": "a", "organ": "liver", "dice": 0.5}], "per_case")
+    (tmp_path / "run" / "per_case.csv").write_text("case,organ,dice\na,liver,0.5\n")
+    tracker.log_file(tmp_path / "run" / "per_case.csv")
     tracker.finish("FINISHED")
     return tracker
 
 
 def test_a_run_on_this_machine_is_read_from_its_folder(finished: MlflowTracker, store: str, tmp_path: Path) -> None:
-    run = resolve_run(finished.run_id, store)
-    assert (run.run_id, run.name, run.status, run.run_dir) == (finished.run_id, "fold0", "FINISHED", tmp_path / "run")
     assert model_folder(finished.run_id, store) == tmp_path / "run" / "model"
     assert per_case_table(finished.run_id, store) == [{"case": "a", "organ": "liver", "dice": "0.5"}]
 
@@ -43,7 +42,6 @@ def test_a_run_whose_folder_is_gone_is_downloaded_once(
 ) -> None:
     monkeypatch.setenv("MEDSEG_CACHE", str(tmp_path / "cache"))
     shutil.rmtree(tmp_path / "run")
-    assert resolve_run(finished.run_id, store).run_dir is None
     folder = model_folder(finished.run_id, store)
     assert folder.is_relative_to(tmp_path / "cache")
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
@@ -54,16 +52,17 @@ def test_a_run_whose_folder_is_gone_is_downloaded_once(
 
 
 def test_a_folder_of_another_run_at_the_same_path_is_not_taken_for_it(
-    finished: MlflowTracker, store: str, begin: Begin, tmp_path: Path
+    finished: MlflowTracker, store: str, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MEDSEG_CACHE", str(tmp_path / "cache"))
     shutil.rmtree(tmp_path / "run")
     begin(store).finish("FINISHED")
-    assert resolve_run(finished.run_id, store).run_dir is None
+    (tmp_path / "run" / "per_case.csv").write_text("case,organ,dice\na,liver,0.25\n")
+    assert per_case_table(finished.run_id, store)[0]["dice"] == "0.5"
 
 
 def test_a_run_is_found_by_the_id_it_had_before_its_store_answered(finished: MlflowTracker, store: str) -> None:
-    local = finished._delivery.local_id
-    assert resolve_run(local, store).run_id == finished.run_id
+    assert model_folder(finished._delivery.local_id, store) == model_folder(finished.run_id, store)
 
 
 def test_a_run_without_a_model_says_so(store: str, begin: Begin) -> None:
@@ -76,18 +75,18 @@ def test_a_run_without_a_model_says_so(store: str, begin: Begin) -> None:
 @pytest.mark.parametrize("run_id", ["0" * 32, "local-" + "0" * 32, "runs/typo"])
 def test_an_unknown_run_is_named(store: str, run_id: str) -> None:
     with pytest.raises(ModelError, match=r"is no folder, and .* has no run of that id"):
-        resolve_run(run_id, store)
+        model_folder(run_id, store)
 
 
 def test_looking_for_a_run_makes_no_store(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="E-RUN"):
-        resolve_run("a" * 32, f"sqlite:///{tmp_path}/mlflow.db")
+        model_folder("a" * 32, f"sqlite:///{tmp_path}/mlflow.db")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_is_down_is_named() -> None:
     with pytest.raises(ModelError, match=r"E-TRACK-DOWN http://127\.0\.0\.1:9: does not answer: Connection refused"):
-        resolve_run("a" * 32, "http://127.0.0.1:9")
+        model_folder("a" * 32, "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "myhost"])

@@ -23,8 +23,9 @@ class MemoryStore:
 
     def prepare(self) -> None: ...
 
-    def steps(self, key: str) -> set[int]:
-        return {r["step"] for request in self.requests for r in request if r["kind"] == "metric" and r["key"] == key}
+    def points(self, key: str) -> set[tuple[int, int]]:
+        sent = [r for request in self.requests for r in request if r["kind"] == "metric" and r["key"] == key]
+        return {(r["step"], r["time"]) for r in sent}
 
     def send(self, records: Sequence[Record]) -> None:
         if self.fail_before:

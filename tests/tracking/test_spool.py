@@ -48,6 +48,15 @@ def test_a_step_replayed_after_a_resume_keeps_its_first_value(tmp_path: Path) ->
     assert [line.record["value"] for line in resumed.read()] == [0.1, 0.2, 0.4]
 
 
+def test_after_a_rewind_the_steps_behind_it_may_be_logged_once_more(tmp_path: Path) -> None:
+    rewind = {"kind": "rewind", "key": "1", "step": 2}
+    spool = Spool(tmp_path)
+    spool.append([metric(2, 0.2), metric(3, 0.3), rewind, metric(2, 0.0), metric(3, 0.4), metric(3, 0.0)])
+    resumed = Spool(tmp_path)
+    resumed.append([{**rewind, "step": 0}, metric(3, 0.0), metric(4, 0.5)])  # the same rewind, told again
+    assert [line.record.get("value") for line in resumed.read()] == [0.2, 0.3, None, 0.4, 0.5]
+
+
 def test_tags_and_files_may_be_logged_again(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     for record in ({"kind": "tag", "key": "git", "value": "a"}, {"kind": "file", "path": "per_case.csv", "folder": ""}):

@@ -32,6 +32,8 @@ def test_what_a_run_was_made_from_cannot_change(tmp_path):
         folder.record("workflow.yaml", "a: 1\nb: 2\n")
         with pytest.raises(WorkflowError, match=r"E-RESUME .*'b: 2' is now 'b: 3'"):
             folder.record("workflow.yaml", "a: 1\nb: 3\n")
+        folder.record("workflow.yaml", "a: 1\nb: 3\n", free=("b:",))
+        assert (tmp_path / "workflow.yaml").read_text() == "a: 1\nb: 3\n"
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_torn_lines(tmp_path):

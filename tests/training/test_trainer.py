@@ -13,10 +13,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from medseg.errors import Interrupted, TrainingError
+from medseg.errors import Interrupted, ModelError, TrainingError
 from medseg.labels import Labels
 from medseg.losses import Compound, CrossEntropy
+from medseg.tracking.mlflow_tracker import MlflowTracker, open_store
 from medseg.training import optim
+from medseg.training import trainer as module
 from medseg.training.run_folder import RunFolder
 from medseg.training.state import Settings, Validation
 from medseg.training.trainer import Trainer
@@ -34,6 +36,8 @@ class Recorder:
         self.metrics += [(name, step, value) for name, value in metrics.items()]
 
     def log_picture(self, picture, name, step): ...
+
+    def rewind(self, step, count): ...
 
     def on_step(self, step, loss): ...
 
@@ -233,3 +237,32 @@ def test_a_burst_of_nans_leads_back_to_the_last_validation_whether_or_not_the_ru
     assert same(whole, again)
     assert again.progress == whole.progress
     assert (tmp_path / "broken" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+def test_after_a_burst_of_nans_the_store_ends_with_the_numbers_of_the_log(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOG_EVERY", 1)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    def batches(first):
+        for number in range(first, 1000):
+            bursts = 6 <= number < 12 and trainer.progress.restores == 0
+            yield from keyed_batches(number, number + 1, poison=[number] if bursts else [])
+
+    trainer, _ = make(tmp_path / "run", batches=batches)
+    tracker = MlflowTracker.start(tmp_path / "run", uri=uri, experiment="e", run_name="r", params={}, tags={})
+    trainer.fit.func(trainer.fit.args[0], tracker)
+    tracker.finish("FINISHED")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    history = open_store(uri).get_metric_history(tracker.run_id, "train/lr")
+    latest = {m.step: m.value for m in sorted(history, key=lambda m: m.timestamp)}
+    assert latest == {line["step"]: line["train/lr"] for line in lines}
+    assert sorted(m.step for m in history) == sorted([*latest, 5, 6])  # both courses are there
+
+
+def test_a_checkpoint_of_another_version_is_refused(make, tmp_path):
+    trainer, _ = make(tmp_path)
+    trainer.fit()
+    trainer.last.save(trainer._state() | {"progress": {"step": 13, "best_dice": {}}}, 13)
+    again, _ = make(tmp_path / "other")
+    with pytest.raises(ModelError, match=r"E-CHECKPOINT .*another version of medseg"):
+        again.fit.func(trainer.fit.args[0], trainer.fit.args[1])

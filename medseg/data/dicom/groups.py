@@ -10,6 +10,7 @@ W-DICOM-MIXED         slices of one volume that were not made alike
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -221,7 +222,9 @@ def _duplicates(ordered: Sequence[Frame], where: str) -> DataError:
     ids = _position_ids(ordered)
     repeated = [i for i in dict.fromkeys(ids) if ids.count(i) > 1]
     examples = [frame for i, frame in zip(ids, ordered, strict=True) if i == repeated[0]]
-    names = ", ".join(dict.fromkeys(frame.path.name for frame in examples[:_MAX_NAMED]))
+    files = list(dict.fromkeys(frame.path for frame in examples[:_MAX_NAMED]))
+    home = os.path.commonpath([file.parent for file in files])  # files of two folders often share their names
+    names = ", ".join(os.path.relpath(file, home) for file in files)
     place = examples[0].place
     position = ", ".join(f"{x:.2f}" for x in place.position) if place else ""
     differing = _differing(examples, PHASES)

@@ -10,7 +10,6 @@ E-DUPLICATE-CASE      two cases of one id; the later ones get a number
 E-OUTPUT-NAME         an id that cannot name a file; other characters become ``_``
 E-FOLD                a fold that is no whole number, or cases without one among others that have one
 W-MANIFEST-KEY        a key that is nearly one that medseg knows
-W-OUTSIDE-ROOT        a file outside the folder that the manifest names as its root
 ===================== ==================================================================
 """
 
@@ -19,20 +18,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from medseg.data.lint.rows import Row
-from medseg.data.manifest import Manifest, case_id, expand_variables
+from medseg.data.manifest import LEAVES_ROOT, Manifest, case_id, expand_variables
 from medseg.errors import DataError
 
 SPLITS = ("training", "test")
 
-_KEYS = ("labels", "regions", "region_order", "ignore_label", "pairs", "modality", "root", "training", "test")
+_KEYS = ("labels", "regions", "region_order", "ignore_label", "pairs", "modality", "root", LEAVES_ROOT, *SPLITS)
 _ENTRY_KEYS = ("image", "label", "id", "patient", "fold", "sha256")
 _KEY_LIKENESS = 0.8  # "ignore_lable" and "pair" are slips, "release" is somebody's own key
 _IGNORE_LABEL = 255
@@ -76,9 +74,7 @@ def read_draft(path: Path) -> Draft:
     notes = _Notes([*_key_rows(data, path)])
     data, mapping = _without_gaps(data, path, notes)
     data = _with_usable_cases(data, path, notes)
-    manifest = _load_mended(data, path) if notes.changes else Manifest.load(path)
-    notes.rows += _outside_rows(manifest)
-    return _draft(manifest, mapping, notes)
+    return _draft(Manifest.from_dict(data, path), mapping, notes)
 
 
 @dataclass
@@ -97,20 +93,6 @@ def _draft(manifest: Manifest, mapping: Mapping[int, int], notes: _Notes) -> Dra
     labels = manifest.labels
     same = {value: value for value in (*labels.names, labels.ignore_label) if value is not None}
     return Draft(manifest, entries, dict(mapping) or same, tuple(notes.rows), tuple(notes.changes))
-
-
-def _load_mended(data: Mapping[str, Any], path: Path) -> Manifest:
-    """The manifest that `data` would be at `path`."""
-    root = path.parent.absolute() / expand_variables(str(data.get("root") or "."), str(path))
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / path.name
-        copy.write_text(json.dumps({**data, "root": str(root)}))
-        try:
-            manifest = Manifest.load(copy)
-        except DataError as error:
-            message = error.message.replace(str(copy), str(path))
-            raise DataError(error.error_id, message, where=(error.where or "").replace(str(copy), str(path))) from None
-    return replace(manifest, path=path, source=data)
 
 
 def _without_gaps(data: dict[str, Any], path: Path, notes: _Notes) -> tuple[dict[str, Any], dict[int, int]]:
@@ -235,14 +217,3 @@ def _key_rows(data: Mapping[str, Any], path: Path) -> Iterator[Row]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _outside_rows(manifest: Manifest) -> Iterator[Row]:
-    if not manifest.source.get("root") or manifest.phantom:
-        return  # without a root of its own a manifest may name files anywhere
-    root = Path(os.path.normpath(manifest.root))
-    for case in (*manifest.training, *manifest.test):
-        for file in case.files:
-            if not file.is_relative_to(root):
-                message = f"lies outside root ({root}), the folder that the manifest says its files are in"
-                yield Row("W-OUTSIDE-ROOT", message, case.id, str(file))

@@ -9,6 +9,7 @@ E-LEAKAGE             a patient in two folds, or in training and test
 E-SPATIAL-DIMS        a picture among volumes, or the other way round
 W-SPACING             a voxel size far from the data set's median
 W-ORIENTATION         axes that point elsewhere than in most cases
+E-OUTSIDE-ROOT        a file outside the manifest's root
 E-SHA256              a file that changed since the manifest was written
 ===================== ==================================================================
 """
@@ -97,7 +98,8 @@ def examine_manifest(draft: Draft, expected: Expected) -> list[CaseFacts]:
 
     def one(case: Case, warned: WarningLog, *, is_training: bool) -> CaseFacts:
         facts = examine(case, warned, expected=expected, is_training=is_training)
-        return replace(facts, rows=(*facts.rows, *_changed(case, draft.entries[case.id])))
+        of_manifest = (*_outside(case, manifest), *_changed(case, draft.entries[case.id]))
+        return replace(facts, rows=(*facts.rows, *of_manifest))
 
     return _examined([(case, True) for case in manifest.training] + [(case, False) for case in manifest.test], one)
 
@@ -165,6 +167,12 @@ def _examined(cases: Sequence[tuple[Case, bool]], examine_one: Callable[..., Cas
     with warnings_kept() as warned, ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda entry: examine_one(entry[0], warned, is_training=entry[1]), cases)
         return list(track(found, "checking cases", total=len(cases)))
+
+
+def _outside(case: Case, manifest: Manifest) -> Iterator[Row]:
+    """Files that the manifest may not name; whether they are meant, only a person knows."""
+    for file in manifest.outside[case.id]:
+        yield Row("E-OUTSIDE-ROOT", manifest.why_not_outside, case.id, str(file))
 
 
 def _changed(case: Case, entry: Mapping[str, Any]) -> Iterator[Row]:

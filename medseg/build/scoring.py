@@ -1,0 +1,53 @@
+"""A trained network scored as it will be used: every held-out scan segmented and judged on its own grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from medseg.build.data import TrainingData
+from medseg.build.model import predictor
+from medseg.data.sources import read_label_map
+from medseg.display import track
+from medseg.metrics.table import Score, score_case, summarize
+from medseg.training.memory import LARGE_SCAN, memory_told
+from medseg.workflow import Workflow
+
+
+def score_held_out(
+    plan: Workflow, data: TrainingData, run: Path, *, weights: Mapping[str, Tensor], device: str, called: str
+) -> list[Score]:
+    """Segment every held-out scan as `medseg predict` would, and score it.
+
+    Args:
+        plan: What was trained.
+        data: Its cases.
+        run: The run folder, with its model.
+        weights: Instead of the model's own.
+        device: ``cpu`` or ``cuda``.
+        called: What people call the weights.
+
+    Raises:
+        TrainingError: If memory runs out.
+    """
+    segment = predictor(str(run), device=device, weights=weights, precision=plan.train.precision)
+    scores: list[Score] = []
+    for case in track(data.held_out, f"scoring the {called} checkpoint"):
+        assert case.label is not None
+        with memory_told(LARGE_SCAN, where=f"case {case.id}"):
+            prediction = segment.segment(case.images).label
+            reference = read_label_map(case.label, data.preprocessing, images=case.images, labels=data.labels)
+            scores += score_case(case.id, reference, prediction, data.labels, unions=plan.validate_.unions)
+    return scores
+
+
+def dice_result(scores: Sequence[Score], organs: Sequence[str]) -> dict[str, Any]:
+    """What a training's result says of its scores: ``mean_dice`` over the organs, ``dice`` of each organ and union."""
+    dice = {organ: metrics["dice"]["mean"] for organ, metrics in summarize(scores).items()}
+    known = [dice[organ] for organ in organs if not math.isnan(dice[organ])]
+    return {"mean_dice": float(np.mean(known)) if known else math.nan, "dice": dice}
