@@ -26,7 +26,7 @@ class Encoder(nn.Module, ABC):
     """Prefixes of published names → prefixes of ours, where they differ."""
 
     unused: ClassVar[Sequence[str]] = ()
-    """Prefixes of published names that segmentation has no use for, e.g. ``fc.``."""
+    """Prefixes of published names that we can do without, e.g. ``fc.``: dropped where nothing here has that name and shape."""
 
     def __init__(self, channels: Sequence[int], strides: Sequence[PerAxis], spatial_dims: int) -> None:
         super().__init__()
