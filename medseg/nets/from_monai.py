@@ -242,8 +242,8 @@ class UNETR(SegmentationNetwork):
 
     Takes any size from 16 up; multiples of it need no padding. By default 92,783,842 parameters in 3D and
     87,148,482 in 2D (one channel in, two out). Departs from MONAI's in that an input of another size than
-    `image_size` is taken, too: the position embeddings are then interpolated; and the 18,432 weights of MONAI's that nothing
-    uses are left out.
+    `image_size` is taken, too: the position embeddings are then interpolated; and the 18,432 weights that
+    nothing in MONAI's uses are left out.
 
     Args:
         spatial_dims: 2 or 3.
