@@ -236,12 +236,14 @@ class Volume:
         geometry: The grid.
         modalities: What made each channel, in DICOM's words (``"CT"``), where the file says it.
         shows_text: The file says that its picture itself names the patient (BurnedInAnnotation).
+        frame_of_reference_uid: What its place refers to, in DICOM's words, where the file says it.
     """
 
     array: npt.NDArray[np.generic]
     geometry: Geometry
     modalities: tuple[str | None, ...] = ()
     shows_text: bool = False
+    frame_of_reference_uid: str | None = None
 
     def __post_init__(self) -> None:
         if self.array.shape[1:] != self.geometry.shape:

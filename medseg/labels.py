@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # a manifest is read in milliseconds; torch takes a second an
 MAX_LABEL = 32_767
 """Largest label value: label maps are uint8 or int16."""
 
+SEG_THRESHOLD = 0.5
+"""Share of a voxel from which on it belongs to a segment of a fractional DICOM SEG, if a data set says nothing else."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -28,10 +31,12 @@ class Labels:
         names: Label value to name; 0 is the background, values run 0, 1, 2 … without a gap.
         regions: Region name to the label values it unites, in output order; empty: no regions.
         region_order: Label value written for each region when a prediction becomes a label map;
-            later regions overwrite earlier ones.
+            later regions overwrite earlier ones. Where structures of a DICOM SEG or RTSTRUCT overlap,
+            later values lie on top.
         ignore_label: Value of voxels that nobody annotated: neither loss nor metric counts them.
         pairs: Left and right label of each paired organ, exchanged by a left-right flip.
         structures: Label value of what a DICOM SEG or RTSTRUCT calls otherwise than `names` do; 0 leaves it out.
+        seg_threshold: A voxel of a fractional DICOM SEG counts where its share is at least this.
     """
 
     names: Mapping[int, str]
@@ -40,6 +45,7 @@ class Labels:
     ignore_label: int | None = None
     pairs: tuple[tuple[int, int], ...] = ()
     structures: Mapping[str, int] = field(default_factory=dict)
+    seg_threshold: float = SEG_THRESHOLD
 
     def __post_init__(self) -> None:
         values = sorted(self.names)
@@ -57,6 +63,8 @@ class Labels:
             )
         if self.ignore_label is not None and not 0 < self.ignore_label <= MAX_LABEL:
             raise DataError("E-LABELS", f"ignore_label {self.ignore_label}; it must be from 1 to {MAX_LABEL}")
+        if not 0 < self.seg_threshold <= 1:
+            raise DataError("E-LABELS", f"seg_threshold {self.seg_threshold}; it must be above 0 and at most 1")
         used = [v for united in self.regions.values() for v in united]
         used += [*self.region_order, *[v for pair in self.pairs for v in pair], *self.structures.values()]
         unknown = sorted({v for v in used if v not in self.names})
@@ -140,6 +148,7 @@ class Labels:
             "ignore_label": self.ignore_label,
             "pairs": [list(pair) for pair in self.pairs],
             "structures": dict(self.structures),
+            "seg_threshold": self.seg_threshold,
         }
 
     @classmethod
@@ -151,6 +160,7 @@ class Labels:
                 names[int(key)] = value
             else:
                 names[int(value)] = str(key)
+        threshold = data.get("seg_threshold")
         ignored = next((value for value, name in names.items() if name == "ignore"), None)  # as nnU-Net says it
         names = {value: name for value, name in names.items() if name != "ignore"}
         regions = {name: _values(values) for name, values in (data.get("regions") or {}).items()}
@@ -161,6 +171,7 @@ class Labels:
             ignore_label=ignored if ignored is not None else data.get("ignore_label"),
             pairs=tuple((int(left), int(right)) for left, right in data.get("pairs") or ()),
             structures={str(name): int(value) for name, value in (data.get("structures") or {}).items()},
+            seg_threshold=SEG_THRESHOLD if threshold is None else float(threshold),
         )
 
 

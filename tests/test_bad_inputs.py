@@ -467,7 +467,7 @@ ROWS = [
     Row(33, "phases", "two different slices at one place", all_of(slices(0, 2, 4), slices(2, folder="ct/again", pixels=np.full((3, 4), 7, np.uint16))), CONVERT_CT, 2, "E-DICOM-DUPLICATE-POSITION", ("2.dcm, again/2.dcm", "(-10.00, -20.00, 2.00)"), nothing_written),
     Row(34, "tilt", "a gantry tilted by 17°", slices(0, 3, 6, ImageOrientationPatient=TILT), PREDICT_CT, 0, "W-DICOM-TILT", ("ct", "17"), lambda data, told: np.testing.assert_allclose(nib.load("out/ct.nii.gz").affine[:3, 2], [0, 0, 3], atol=1e-5)),
     Row(35, "mixed", "two pixel spacings in a series", half_with_another_spacing, CONVERT_CT, 2, "E-DICOM-SEVERAL", ("ct#", "2 slices"), nothing_written),
-    Row(36, "no-scans", "a localizer and a SEG beside a scan", beside_a_scan, LIST_CT, 0, "", ("localizer", "no scan: Segmentation Storage", "4 × 3 × 2")),
+    Row(36, "no-scans", "a localizer and a SEG beside a scan", beside_a_scan, LIST_CT, 0, "", ("localizer", "SEG seg/0.dcm: ", "4 × 3 × 2")),
     Row(37, "no-position", "no ImagePositionPatient", slices(0, 2, ImagePositionPatient=None, InstanceNumber=1), CONVERT_CT, 2, "E-DICOM-GEOMETRY", ("0.dcm",), nothing_written),
     Row(38, "compression", "a compression that nothing here decodes", unknown_compression, CONVERT_CT, 2, "E-DICOM-COMPRESSION", ("0.dcm", "1.2.840.10008.1.2.4.201", "export the series uncompressed"), nothing_written),
     Row(39, "cut-pixels", "a slice cut short", cut_short, CONVERT_CT, 2, "E-DICOM-TRUNCATED", ("2.dcm", "expected 24"), nothing_written),

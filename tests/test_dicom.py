@@ -92,10 +92,10 @@ def test_every_series_of_a_folder_is_a_case_of_its_own(home, data_dir):
     found = list_scans(data_dir / "dicom_sarcoma" / "STS_008")["rows"]
     series = [row for row in found if row["kind"] == "series"]
     assert sorted(row["modality"] for row in series) == ["CT", "MR", "PT"]
-    assert {row["reason"] for row in found if row["kind"] == "skipped"} == {
-        "no scan: RT Structure Set Storage",
-        "not DICOM",
-    }
+    assert {row["reason"] for row in found if row["kind"] == "skipped"} == {"not DICOM"}
+    drawings = [row for row in found if row["kind"] == "drawing"]
+    assert [row["modality"] for row in drawings] == ["RTSTRUCT"] * 3
+    assert sorted(uid for row in drawings for uid in row["series"]) == sorted(row["series"] for row in series)
 
 
 def test_an_rtstruct_is_converted_on_the_grid_of_its_series(home, data_dir):

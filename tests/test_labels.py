@@ -68,6 +68,7 @@ def test_nnunets_way_round_is_read_too():
         {"names": {0: "background", 1: "liver"}, "pairs": ((1, 5),)},
         {"names": {0: "background", 1: "liver"}, "regions": {"a": (1,)}},
         {"names": {0: "background", 1: "liver"}, "ignore_label": 1},
+        {"names": {0: "background", 1: "liver"}, "seg_threshold": 0.0},
     ],
 )
 def test_labels_that_contradict_themselves_are_refused(wrong):
@@ -93,3 +94,9 @@ def test_nnunets_ignore_label_is_no_organ():
 def test_a_negative_ignore_label_is_refused():
     with pytest.raises(DataError, match="ignore_label -1; it must be from 1"):
         Labels({0: "background", 1: "liver"}, ignore_label=-1)
+
+
+def test_the_threshold_of_fractional_segmentations_survives_a_manifest():
+    labels = Labels.from_dict({"labels": {"0": "background", "1": "liver"}, "seg_threshold": 0.3})
+    assert Labels.from_dict(labels.to_dict()).seg_threshold == 0.3
+    assert PLAIN.seg_threshold == 0.5

@@ -179,13 +179,16 @@ class CaseCache:
             json.dumps(self.preprocessing.to_dict(), sort_keys=True),
             json.dumps([sorted(self.labels.names), self.labels.ignore_label]),
             str(CACHE_FORMAT),
-            *(
-                [json.dumps([dict(self.labels.names), dict(self.labels.structures)])]
-                if case.label and is_drawn(case.label)
-                else []
-            ),
+            *(self._drawing_rules(case.images[0], case.label) if case.label and is_drawn(case.label) else []),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    def _drawing_rules(self, image: Path, label: Path) -> list[str]:
+        """What decides, beside the files' content, the label map that is drawn on a series."""
+        labels = self.labels
+        rules = [dict(labels.names), dict(labels.structures), list(labels.region_order), labels.seg_threshold]
+        names = [file.name for path in (image, label) for file in files_of(path)]  # they pair masks with slices
+        return [json.dumps(rules), *names]
 
     def _write(self, case: Case, folder: Path) -> None:
         prepared = preprocess(case.images, case.label, self.preprocessing, self.labels)

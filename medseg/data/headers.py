@@ -11,7 +11,7 @@ E-DIMS                an axis without voxels, or more axes than space and channe
 E-DTYPE               RGB, complex and other voxels that are not one plain number
 E-NO-GEOMETRY         sform_code and qform_code both 0, and no spacing assumed
 E-AFFINE              affine with NaN, or singular
-E-SPACING             voxels outside `SPACING_RANGE_MM`
+E-SPACING             voxels outside `SPACING_RANGE_MM`, or in another unit than mm
 W-NIFTI-SLOPE         scl_slope 0 or not finite: values taken as stored, as the standard says
 W-NIFTI-TIME          axes of length 1 behind space, dropped
 W-NIFTI-FORMS         sform and qform disagree: the sform counts
@@ -106,7 +106,8 @@ def parse_nifti(head: bytes, path: Path, assume_spacing_mm: Sequence[float] | No
     affine = _affine(raw, shape, where, assume_spacing_mm)
     if len(shape) == 2 and not affine[:3, 2].any():  # a picture need not say how thick it is
         affine[:3, 2] = np.cross(affine[:3, 0], affine[:3, 1]) / np.linalg.norm(affine[:3, 0])
-    geometry = check_geometry(shape, affine, where, hint=_unit_hint(raw))
+    _check_unit(raw, affine, where)
+    geometry = check_geometry(shape, affine, where)
     return NiftiHeader(shape, channels, dtype, int(offset), _scaling(raw, where), geometry)
 
 
@@ -127,14 +128,13 @@ def check_size(num_bytes: int, shape: Sequence[int], where: str) -> None:
         )
 
 
-def check_geometry(shape: Sequence[int], affine: Array, where: str, *, hint: str = "") -> Geometry:
+def check_geometry(shape: Sequence[int], affine: Array, where: str) -> Geometry:
     """The grid of a file, refused if no patient could have it.
 
     Args:
         shape: Voxels along each axis.
         affine: (4, 4), voxel index to RAS mm.
         where: For the message.
-        hint: Added to the message about the spacing.
 
     Raises:
         GeometryError: If the affine is singular or not finite, or a spacing is outside `SPACING_RANGE_MM`.
@@ -150,8 +150,7 @@ def check_geometry(shape: Sequence[int], affine: Array, where: str, *, hint: str
         spacing = ", ".join(f"{s:g}" for s in geometry.spacing_mm)
         raise GeometryError(
             "E-SPACING",
-            f"spacing ({spacing}) mm; expected {low}-{high} mm along each axis: metres or µm instead?{hint} "
-            "Fix the header",
+            f"spacing ({spacing}) mm; expected {low}-{high} mm along each axis: metres or µm instead? Fix the header",
             where=where,
         )
     if not geometry.is_orthogonal:
@@ -235,9 +234,17 @@ def _compare_forms(raw: nib.Nifti1Header, sform: Array, shape: tuple[int, ...], 
         )
 
 
-def _unit_hint(raw: nib.Nifti1Header) -> str:
+def _check_unit(raw: nib.Nifti1Header, affine: Array, where: str) -> None:
+    """Refuse another unit than the millimetre: programs that take no notice of it would read another scan."""
     unit = _WRONG_UNITS.get(int(raw["xyzt_units"]) & 7)
-    return f" The header says {unit}." if unit else ""
+    if unit and (raw["sform_code"] > 0 or raw["qform_code"] > 0):  # else the user says in mm where voxels lie
+        spacing = ", ".join(f"{s:g}" for s in np.linalg.norm(affine[:3, :3], axis=0))
+        raise GeometryError(
+            "E-SPACING",
+            f"spacing ({spacing}), and the header says {unit}; expected mm: write spacing and position in mm with "
+            "xyzt_units 2, or xyzt_units alone if they are in mm already",
+            where=where,
+        )
 
 
 def _scaling(raw: nib.Nifti1Header, where: str) -> tuple[float, float] | None:

@@ -18,7 +18,7 @@ E-PICTURE-ORIENTATION EXIF says that the picture is to be turned: nobody knows w
                       on the turned one, so neither is assumed
 E-PICTURE-ALPHA       transparency that differs from pixel to pixel: what it stands on is not known
 E-PICTURE-DEPTH       colors of 16 bits, of which Pillow would keep 8
-E-PICTURE-MODE        CMYK and other kinds of color
+E-PICTURE-MODE        CMYK and other kinds of color; fractions of which the lowest is white
 E-PICTURE-LOSSY       a label map as JPEG, which smears its values
 E-PICTURE-COLORS      a label map in colors
 E-PICTURE-WRITE       a volume, or numbers that a PNG cannot hold
@@ -56,6 +56,7 @@ MAX_PIXELS = 89_478_485
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _GRAY = ("L", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _TURNED = range(2, 9)  # EXIF's eight orientations but the first, which is upright
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
 _LABELS_MARK = ("medseg", "label values as stored")  # a text within a PNG
 
 # What Pillow raises where a file is damaged; Python's own warnings are among them where they are made errors.
@@ -217,7 +218,16 @@ def _check_pixels(picture: Image.Image, where: str) -> None:
         )
     if picture.mode not in (*_GRAY, "1", "P", "PA", "LA", "RGB", "RGBA"):
         raise DataError("E-PICTURE-MODE", f"{picture.mode} pixels; expected gray or RGB: convert it", where=where)
+    if picture.mode == "F" and _white_is_zero(picture):
+        raise DataError(
+            "E-PICTURE-MODE", "fractions of which the lowest is white; save them with black the lowest", where=where
+        )
     picture.load()
+
+
+def _white_is_zero(picture: Image.Image) -> bool:
+    """Whether a TIFF says that its lowest value is white; Pillow turns 8 bits round, but no others."""
+    return getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
 def _raw_mode(picture: Image.Image) -> str:
@@ -234,6 +244,8 @@ def _without_alpha(picture: Image.Image, where: str) -> Pixels:
     if picture.has_transparency_data and picture.mode in ("L", "RGB"):  # one color declared transparent
         picture = picture.convert({"L": "LA", "RGB": "RGBA"}[picture.mode])
     pixels: Pixels = np.asarray(picture)
+    if picture.mode.startswith("I;16") and _white_is_zero(picture):
+        pixels = 65_535 - pixels
     if picture.mode not in ("LA", "RGBA"):
         return pixels
     low, high = int(pixels[..., -1].min()), int(pixels[..., -1].max())

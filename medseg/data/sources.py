@@ -39,6 +39,7 @@ def read_image(sources: Sequence[Source], preprocessing: Preprocessing) -> Volum
         GeometryError: If a channel shows another part of the patient than the first.
     """
     first, *others = [_read(source, preprocessing) for source in sources]
+    _compare_frames([first, *others], name_of(sources))
     volumes = [first, *(_on_grid_of(first, other, name_of(sources)) for other in others)]
     num_channels, expected = sum(len(volume.array) for volume in volumes), len(preprocessing.intensity)
     if num_channels != expected:
@@ -54,6 +55,7 @@ def read_image(sources: Sequence[Source], preprocessing: Preprocessing) -> Volum
         first.geometry,
         modalities=tuple(chain.from_iterable(v.modalities or [None] * len(v.array) for v in volumes)),
         shows_text=any(volume.shows_text for volume in volumes),
+        frame_of_reference_uid=first.frame_of_reference_uid,
     )
 
 
@@ -80,6 +82,16 @@ def read_label_map(
 def name_of(sources: Sequence[Source]) -> str:
     """What messages call them."""
     return ", ".join("a volume in memory" if isinstance(source, Volume) else str(source) for source in sources)
+
+
+def _compare_frames(channels: Sequence[Volume], where: str) -> None:
+    """Warn where channels refer to different frames: equal coordinates are then different places."""
+    if len({uid for volume in channels if (uid := volume.frame_of_reference_uid)}) > 1:
+        log.warning(
+            "W-CHANNEL-FRAME %s: channels of different frames of reference, so the same coordinates need not be the "
+            "same place; unless they were registered, register them first",
+            where,
+        )
 
 
 def _on_grid_of(first: Volume, other: Volume, where: str) -> Volume:

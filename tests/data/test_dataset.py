@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from medseg.data.dataset import (
     VOXELS_PER_CLASS,
@@ -28,6 +29,8 @@ from medseg.errors import MedsegError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
 from medseg.model import Intensity, Preprocessing
+
+from ..dicom_files import make_slice, save
 
 LABELS = Labels({0: "background", 1: "liver", 2: "tumour"})
 PLAIN = Preprocessing(intensity=(Intensity(normalize="none"),))
@@ -109,6 +112,34 @@ def test_another_preprocessing_or_a_changed_file_is_another_entry(tmp_path):
     assert CaseCache(tmp_path / "cache", clipped, LABELS).case(source).folder != first.folder
     make_case(tmp_path, "a", values=(1,))
     assert cache_in(tmp_path).case(source).folder != first.folder
+
+
+def masks_on_a_series(folder: Path) -> Case:
+    """A series of four files, and masks numbered 1 to 4 in the values of their pixels."""
+    for k in range(4):
+        save(make_slice(2.0 * k), folder / "series" / f"{k}.dcm")
+        (folder / "masks").mkdir(exist_ok=True)
+        Image.fromarray(np.full((3, 4), 1 + k % 2, np.uint8)).save(folder / "masks" / f"{k}.png")
+    return Case("a", (folder / "series",), folder / "masks", "a")
+
+
+def test_whatever_decides_a_drawn_label_is_another_entry(tmp_path):
+    source = masks_on_a_series(tmp_path)
+    first = cache_in(tmp_path).case(source)
+    assert first.label[0, 0, 0].tolist() == [1, 2, 1, 2]
+    changes = ({"region_order": (2, 1)}, {"seg_threshold": 0.3}, {"structures": {"GTV": 2}})
+    folders = {
+        CaseCache(tmp_path / "cache", PLAIN, replace(LABELS, **change)).case(source).folder for change in changes
+    }
+    assert len({first.folder, *folders}) == 4
+
+
+@pytest.mark.parametrize(("folder", "suffix"), [("series", ".dcm"), ("masks", ".png")])
+def test_other_names_pair_other_masks_with_slices(tmp_path, folder, suffix):
+    source = masks_on_a_series(tmp_path)
+    assert cache_in(tmp_path).case(source).label[0, 0, 0].tolist() == [1, 2, 1, 2]
+    (tmp_path / folder / f"0{suffix}").rename(tmp_path / folder / f"9{suffix}")
+    assert cache_in(tmp_path).case(source).label[0, 0, 0].tolist() == [2, 1, 2, 1]
 
 
 def test_all_faulty_cases_are_reported_at_once(tmp_path):

@@ -32,6 +32,13 @@ def saved(path: Path, pixels: Pixels, **options: Any) -> Path:
     return path
 
 
+def saved_values(path: Path) -> Pixels:
+    """What an uncompressed TIFF of one strip stores, from its bytes."""
+    with Image.open(path) as image:
+        offset, bits = image.tag_v2[273][0], image.tag_v2[258][0]
+        return np.frombuffer(path.read_bytes(), f"<u{bits // 8}", GRAY.size, offset).reshape(GRAY.shape)
+
+
 def with_alpha(pixels: Pixels, alpha: Pixels | int) -> Pixels:
     return np.dstack([pixels, np.broadcast_to(np.uint8(alpha), pixels.shape[:2])])
 
@@ -55,6 +62,23 @@ def refused(path: Path, error_id: str, *, as_label: bool = False) -> None:
 
 
 # --- images
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_whose_lowest_value_is_white_is_turned_round_in_8_and_in_16_bits(
+    tmp_path: Path, dtype: type[np.unsignedinteger[Any]]
+) -> None:
+    largest = np.iinfo(dtype).max
+    pixels = GRAY.astype(dtype) * (largest // 255)
+    path = saved(tmp_path / "a.tif", pixels, tiffinfo={262: 0})
+    np.testing.assert_array_equal(read_picture(path).array[0], (largest - saved_values(path)).T)
+    white = np.where(MASK > 1, largest, 0).astype(dtype)
+    mask = saved(tmp_path / "mask.tif", white, tiffinfo={262: 0})
+    np.testing.assert_array_equal(read_mask(mask).array[0], (saved_values(mask) == 0).T)
+
+
+def test_fractions_whose_lowest_is_white_are_refused(tmp_path: Path) -> None:
+    refused(saved(tmp_path / "a.tif", GRAY.astype(np.float32), tiffinfo={262: 0}), "E-PICTURE-MODE")
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "TIFF"])

@@ -290,12 +290,18 @@ def test_a_spacing_no_scanner_makes_is_refused(tmp_path: Path, spacing: float) -
     assert f"{spacing:g}" in error.message
 
 
-def test_a_declared_unit_is_quoted_when_the_spacing_is_refused(tmp_path: Path) -> None:
-    def metres(header: nib.Nifti1Header) -> None:
-        sform(np.diag([0.001, 0.001, 0.001, 1]))(header)
-        header.set_xyzt_units("meter")
+@pytest.mark.parametrize(("unit", "name"), [("meter", "metres"), ("micron", "micrometres")])
+@pytest.mark.parametrize("spacing", [0.001, 0.5, 100])
+def test_another_unit_than_the_millimetre_is_refused_whatever_the_spacing(
+    tmp_path: Path, unit: str, name: str, spacing: float
+) -> None:
+    def spoil(header: nib.Nifti1Header) -> None:
+        sform(np.diag([spacing, spacing, spacing, 1]))(header)
+        header.set_xyzt_units(unit)
 
-    assert "says metres" in refusal(write(tmp_path, gzip.compress(nifti(metres)))).message
+    error = refusal(write(tmp_path, gzip.compress(nifti(spoil))))
+    assert error.error_id == "E-SPACING"
+    assert f"({spacing:g}, {spacing:g}, {spacing:g}), and the header says {name}; expected mm" in error.message
 
 
 def test_a_sheared_affine_is_kept_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

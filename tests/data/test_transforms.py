@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,17 @@ def test_a_label_on_another_grid_is_refused(tmp_path: Path) -> None:
     moved[0, 3] += 2
     with pytest.raises(GeometryError, match="E-PAIR-AFFINE"):
         preprocess([marked(LPS)], marked(moved), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("frames", "is_told"), [(("1.2", "1.3"), True), (("1.2", "1.2"), False), (("1.2", None), False)]
+)
+def test_channels_of_different_frames_of_reference_are_warned_of(
+    caplog: pytest.LogCaptureFixture, frames: tuple[str | None, ...], is_told: bool
+) -> None:
+    channels = [replace(marked(LPS), frame_of_reference_uid=uid) for uid in frames]
+    preprocess(channels, None, Preprocessing(intensity=PLAIN.intensity * 2))
+    assert ("W-CHANNEL-FRAME" in caplog.text) == is_told
 
 
 def test_a_channel_on_another_grid_is_resampled_to_the_first_ones(caplog: pytest.LogCaptureFixture) -> None:

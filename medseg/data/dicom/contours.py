@@ -95,8 +95,8 @@ class StructureSet:
                     where = f"{self.where} ROI {self.names[number]!r} contour {place}"
                     if _is_closed(item) and len(points := _points(item, where)) > 2:
                         images = item.get("ContourImageSequence") or []
-                        uids = tuple(str(image.get("ReferencedSOPInstanceUID")) for image in images)
-                        contours.append(Contour(number, points, uids))
+                        uids = [str(image.get("ReferencedSOPInstanceUID") or "") for image in images]
+                        contours.append(Contour(number, points, tuple(filter(None, uids))))
         return contours
 
 

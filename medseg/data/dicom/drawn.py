@@ -19,7 +19,7 @@ from medseg.data.dicom.seg import read_seg
 from medseg.data.dicom.values import tolerant
 from medseg.errors import DataError
 from medseg.geometry import Geometry, Volume
-from medseg.labels import Labels
+from medseg.labels import SEG_THRESHOLD, Labels
 
 
 def read_drawn(path: Path, image: Path, grid: Geometry, *, labels: Labels | None = None) -> Volume:
@@ -27,10 +27,11 @@ def read_drawn(path: Path, image: Path, grid: Geometry, *, labels: Labels | None
 
     Args:
         path: A SEG or an RTSTRUCT, a folder that holds one of them, or a folder of pictures, one a slice.
-        image: The scan: the DICOM series; of a SEG or an RTSTRUCT also a file made from that series.
+        image: The scan: the DICOM series; of a SEG or an RTSTRUCT also a file made from that series, where only
+            the place of what is drawn says that it belongs there.
         grid: The image's.
         labels: Its names and structures say which value each structure gets, its region order which one lies
-            on top where they overlap; None: the structure's number.
+            on top where they overlap, its threshold what counts of a fractional SEG; None: the structure's number.
 
     Returns:
         Label values (1, I, J, K) on the grid.
@@ -45,12 +46,13 @@ def read_drawn(path: Path, image: Path, grid: Geometry, *, labels: Labels | None
             raise DataError(
                 "E-LABEL-IMAGE", f"pictures, one a slice, need a DICOM series; {image} is none", where=str(path)
             )
-        return read_mask_stack(path, series.files, grid=grid)
+        return read_mask_stack(path, series)
     file = _only_drawing(path) if path.is_dir() else path
     uid = series.frame_of_reference_uid if series else None
     values, order = _values(labels), labels.region_order if labels else ()
     if _modality(file) == "SEG":
-        return read_seg(file, grid, values=values, paint_order=order, frame_of_reference_uid=uid)
+        threshold = labels.seg_threshold if labels else SEG_THRESHOLD
+        return read_seg(file, grid, values=values, paint_order=order, threshold=threshold, frame_of_reference_uid=uid)
     if _modality(file) != "RTSTRUCT":
         raise DataError(
             "E-LABEL-KIND", "is neither a SEG nor an RTSTRUCT; give the file that was drawn", where=str(file)

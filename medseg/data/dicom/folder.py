@@ -12,6 +12,7 @@ E-DICOM-SEVERAL       several series, and none is named
 W-DICOM-INTERPOLATED  slices that were interpolated, as allow_missing_slices allows
 W-DICOM-BURNED-IN     the file says that its picture itself names the patient
 W-DICOM-NO-UID        files without SeriesInstanceUID, taken together by folder
+W-DICOM-ALONE         a file was given, whose folder holds more slices of its series
 ===================== ==================================================================
 """
 
@@ -22,7 +23,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ _MENDED_BY_INTERPOLATION = ("E-DICOM-MISSING-SLICE", "E-DICOM-IRREGULAR")
 _NAME = re.compile(r"(?:[0-9.]+|no-uid)(?:-[0-9]+)?")
 _ON_GRID = 1e-6  # voxels
 _MAX_PROBLEMS = 5
+_SLICED = ("CT", "MR", "PT", "NM")
+_MAX_LOOKED_AT = 1000  # files; a folder may hold a whole archive
 
 log = logging.getLogger("medseg")
 
@@ -170,6 +174,8 @@ def find_series(folder_or_file: Path) -> DicomFolder:
         else:
             frames += found
     series = [_series(folder_or_file, group) for group in group_frames(frames, str(folder_or_file))]
+    if len(frames) == 1 and folder_or_file.is_file():
+        series = [replace(series[0], notes=(*series[0].notes, *_alone_note(frames[0])))]
     return DicomFolder(tuple(sorted(series, key=lambda one: (one.uid, one.part))), tuple(skipped))
 
 
@@ -252,6 +258,7 @@ def read_series(series: Series, *, allow_missing_slices: bool = False) -> Volume
         series.geometry,
         modalities=(series.modality or None,),
         shows_text=any(frame.shows_text for frame in series.frames),
+        frame_of_reference_uid=series.frame_of_reference_uid,
     )
 
 
@@ -314,6 +321,18 @@ def _frame_notes(frames: Sequence[Frame]) -> list[str]:
     if not frames[0].series_uid:
         notes.append("W-DICOM-NO-UID files without SeriesInstanceUID, taken together by folder")
     return notes
+
+
+def _alone_note(frame: Frame) -> list[str]:
+    """Whether a slice was given where its scan was meant; single radiographs of one folder are no slices."""
+    if frame.modality not in _SLICED or not frame.series_uid:
+        return []
+    files = [path for path, reason in islice(_walk(frame.path.parent), _MAX_LOOKED_AT) if reason is None]
+    found = [read_frames(path) for path in files if path.parent == frame.path.parent]
+    number = sum(not isinstance(one, str) and one[0].series_uid == frame.series_uid for one in found)
+    if number < 2:
+        return []
+    return [f"W-DICOM-ALONE 1 of {number} slices of this series that lie in its folder; give the folder for the scan"]
 
 
 def _interpolated(voxels: npt.NDArray[Any], at: npt.NDArray[np.float64], num_slices: int) -> npt.NDArray[Any]:

@@ -31,6 +31,16 @@ PHASES = (
 )
 """What may tell several images of one position apart, the likeliest first; the last one tells multi-frame files apart."""
 
+TIMES = (
+    "FrameAcquisitionDateTime",
+    "AcquisitionDateTime",
+    "AcquisitionDate",
+    "AcquisitionTime",
+    "ContentDate",
+    "ContentTime",
+)
+"""When an image was taken, and made up: of phases, the order."""
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -65,8 +75,8 @@ class Frame:
         stack: Which stack of a multi-frame file.
         step_mm: SpacingBetweenSlices, if stated.
         thickness_mm: SliceThickness, if stated.
-        rescale: Slope and intercept, if stated.
-        phase: Those of `PHASES` that are stated, as text.
+        rescale: Slope and intercept, if stated; a slope that is missing beside an intercept is None.
+        phase: Those of `PHASES` and `TIMES` that are stated, as text.
         shows_text: The file says that the picture itself names the patient.
         problem: Why it cannot be read.
     """
@@ -82,7 +92,7 @@ class Frame:
     stack: str = ""
     step_mm: float | None = None
     thickness_mm: float | None = None
-    rescale: tuple[float, float] | None = None
+    rescale: tuple[float | None, float] | None = None
     phase: Mapping[str, str] = field(default_factory=dict)
     shows_text: bool = False
     problem: DataError | None = None

@@ -161,8 +161,9 @@ def _gap_problems(
 
 
 def _one_slice(frame: Frame, where: str) -> Stack:
-    spacing = frame.step_mm or frame.thickness_mm
-    if spacing is None or spacing <= 0:
+    step = frame.step_mm or 0.0  # negative where it tells a direction
+    spacing = step if step > 0 else frame.thickness_mm or -step
+    if spacing <= 0:
         return _no_stack("one slice, and neither SpacingBetweenSlices nor SliceThickness says how thick it is", where)
     geometry = _grid(frame, 1, _normal(_placed(frame)) * spacing)
     return Stack(geometry, (0.0,), problems=tuple(_spacing_problem(geometry, where)))

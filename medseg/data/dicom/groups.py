@@ -10,16 +10,17 @@ W-DICOM-MIXED         slices of one volume that were not made alike
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 import numpy as np
 
-from medseg.data.dicom.frame import PHASES, Frame
-from medseg.data.dicom.grid import SAME_POSITION_MM, along_normal
+from medseg.data.dicom.frame import PHASES, TIMES, Frame
+from medseg.data.dicom.grid import along_normal
+from medseg.data.dicom.phases import differing, mixed_note, position_ids, told_apart
 from medseg.data.dicom.pixels import read_frame
 from medseg.errors import DataError, MedsegError
 
@@ -30,15 +31,6 @@ SPACING_TOLERANCE = 1e-4
 """Largest difference between the pixel spacings of slices of one volume, mm."""
 
 _MAX_NAMED = 3
-_CONTRAST = (
-    "EchoTime",
-    "EffectiveEchoTime",
-    "InversionTime",
-    "DiffusionBValue",
-    "ComplexImageComponent",
-    "ConvolutionKernel",
-    "KVP",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,31 +67,56 @@ def group_frames(frames: Iterable[Frame], where: str) -> list[Group]:
 
 def _parts(frames: Sequence[Frame], where: str) -> list[Group]:
     """The volumes of one series, in an order that does not hang on file names."""
-    groups = [group for plane in _planes(frames) for group in _phases(plane, where)]
+    planes = _planes(frames)
+    groups = [group for plane in planes for group in _phases(plane, where)]
     if len(groups) == 1:
         return groups
+    apart = _what_differs([plane[0] for plane in planes])
     return [
-        replace(group, part=part, notes=(*group.notes, _split_note(part, len(groups), group.phase)))
+        replace(group, part=part, notes=(*group.notes, _split_note(part, len(groups), group.phase, apart)))
         for part, group in enumerate(groups, 1)
     ]
 
 
-def _split_note(part: int, number: int, phase: str) -> str:
-    return f"W-DICOM-SPLIT volume {part} of {number} of the series" + (f": {phase}" if phase else "")
+def _split_note(part: int, number: int, phase: str, apart: Sequence[str]) -> str:
+    why = "; ".join(filter(None, (phase, f"they differ in {', '.join(apart)}" if apart else "")))
+    return f"W-DICOM-SPLIT volume {part} of {number} of the series: {why}"
+
+
+def _what_differs(firsts: Sequence[Frame]) -> list[str]:
+    """What keeps planes apart, each told by its first frame."""
+    kept: dict[str, list[Hashable]] = {
+        "folder": [_home(frame) for frame in firsts],
+        "modality": [frame.modality for frame in firsts],
+        "image size": [frame.size for frame in firsts],
+        "frame of reference": [frame.frame_of_reference_uid for frame in firsts],
+        "stack": [frame.stack for frame in firsts],
+        "whether a position is stated": [frame.place is None for frame in firsts],
+    }
+    places = [frame.place for frame in firsts if frame.place]
+    directions = np.array([[*place.row, *place.column] for place in places])
+    spacings = np.array([place.spacing_mm for place in places])
+    differ = [what for what, found in kept.items() if len(set(found)) > 1]
+    differ += ["orientation"] if places and np.ptp(directions, axis=0).max() > DIRECTION_TOLERANCE else []
+    return differ + (["pixel spacing"] if places and np.ptp(spacings, axis=0).max() > SPACING_TOLERANCE else [])
 
 
 def _planes(frames: Sequence[Frame]) -> list[list[Frame]]:
     """Split by what one volume has in common: size, orientation, spacing, frame of reference, stack."""
     planes: dict[Hashable, list[list[Frame]]] = defaultdict(list)
     for frame in frames:
-        series = frame.series_uid or str(frame.path.parent)  # without a uid, a folder is a series
-        key = (series, frame.modality, frame.size, frame.frame_of_reference_uid, frame.stack, frame.place is None)
+        key = (_home(frame), frame.modality, frame.size, frame.frame_of_reference_uid, frame.stack, frame.place is None)
         alike = next((plane for plane in planes[key] if _same_plane(plane[0], frame)), None)
         if alike is None:
             planes[key].append([frame])
         else:
             alike.append(frame)
     return [plane for key in sorted(planes, key=repr) for plane in sorted(planes[key], key=_plane_order)]
+
+
+def _home(frame: Frame) -> str:
+    """Without a uid, a folder is a series."""
+    return frame.series_uid or str(frame.path.parent)
 
 
 def _same_plane(a: Frame, b: Frame) -> bool:
@@ -124,24 +141,15 @@ def _phases(frames: Sequence[Frame], where: str) -> list[Group]:
         return [Group(tuple(frames))]
     ordered = _ordered(frames)
     ordered, num_copies = _without_copies(ordered, only_same_uid=True)
-    groups = _told_apart(ordered)
-    if not groups:
+    scans = told_apart(ordered)
+    if not scans:
         ordered, num_equal = _without_copies(ordered, only_same_uid=False)
         num_copies += num_equal
-        groups = _told_apart(ordered)
+        scans = told_apart(ordered, by_creation=True)
     notes = [f"W-DICOM-DUPLICATE {num_copies} copies of slices left out"] if num_copies else []
-    if not groups:
+    if not scans:
         return [Group(tuple(ordered), notes=tuple(notes), problem=_duplicates(ordered, where))]
-    return [Group(tuple(group), phase=phase, notes=(*notes, *_mixed_note(group))) for phase, group in groups.items()]
-
-
-def _mixed_note(frames: Sequence[Frame]) -> list[str]:
-    differing = _differing(frames, _CONTRAST)
-    return [f"W-DICOM-MIXED slices differ in {', '.join(differing)}: is it one scan?"] if differing else []
-
-
-def _differing(frames: Sequence[Frame], keys: Sequence[str]) -> list[str]:
-    return [key for key in keys if len({frame.phase.get(key) for frame in frames}) > 1]
+    return [Group(tuple(scan), phase=phase, notes=(*notes, *mixed_note(scan))) for phase, scan in scans.items()]
 
 
 def _ordered(frames: Sequence[Frame]) -> list[Frame]:
@@ -150,85 +158,43 @@ def _ordered(frames: Sequence[Frame]) -> list[Frame]:
     return [frames[i] for i in order]
 
 
-def _position_ids(ordered: Sequence[Frame]) -> list[int]:
-    """A number for each frame; equal where they lie at one place."""
-    positions = np.array([frame.place.position for frame in ordered if frame.place])
-    ids = [0]
-    for k in range(1, len(ordered)):
-        is_same = np.linalg.norm(positions[k] - positions[k - 1]) < SAME_POSITION_MM
-        ids.append(ids[-1] if is_same else ids[-1] + 1)
-    return ids
-
-
-def _told_apart(ordered: Sequence[Frame]) -> dict[str, list[Frame]]:
-    """The frames by what tells them apart, no position twice in a group; empty if nothing does.
-
-    What differs from slice to slice tells nothing apart: as many groups as there are images of a
-    position are expected, and twice as many are taken; none of a single slice, unless all are.
-    """
-    ids = _position_ids(ordered)
-    num_positions, most = len(set(ids)), max(ids.count(i) for i in set(ids))
-    if most == 1:
-        return {"": list(ordered)}
-    varying = _differing(ordered, PHASES)
-    for keys in [(key,) for key in varying] + list(combinations(varying, 2)):
-        groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        for index, frame in enumerate(ordered):
-            groups[tuple(frame.phase.get(key, "") for key in keys)].append(index)
-        is_unique = all(len({ids[i] for i in group}) == len(group) for group in groups.values())
-        is_whole = num_positions == 1 or min(map(len, groups.values())) > 1
-        if is_unique and is_whole and len(groups) <= 2 * most:
-            return {
-                ", ".join(f"{key} {value or 'none'}" for key, value in zip(keys, values, strict=True)): [
-                    ordered[i] for i in groups[values]
-                ]
-                for values in sorted(groups, key=_numeric)
-            }
-    return {}
-
-
-def _numeric(values: Sequence[str]) -> list[tuple[float, str]]:
-    """Sorts numbers as numbers."""
-    return [(float(value) if value.replace(".", "", 1).isdigit() else np.inf, value) for value in values]
-
-
 def _without_copies(ordered: Sequence[Frame], *, only_same_uid: bool) -> tuple[list[Frame], int]:
     """Frames without those whose pixels are there already at the same position."""
+    alike: dict[Hashable, list[Frame]] = defaultdict(list)
+    for position, frame in zip(position_ids(ordered), ordered, strict=True):
+        uid = (frame.sop_uid or str(frame.path), frame.number) if only_same_uid else None
+        alike[position, uid].append(frame)
     kept: list[Frame] = []
-    at_position: dict[int, list[Frame]] = defaultdict(list)
-    for index, frame in zip(_position_ids(ordered), ordered, strict=True):
-        others = [
-            other
-            for other in at_position[index]
-            if not only_same_uid or (frame.sop_uid and (frame.sop_uid, frame.number) == (other.sop_uid, other.number))
-        ]
-        if any(_same_pixels(frame, other) for other in others):
-            continue
-        kept.append(frame)
-        at_position[index].append(frame)
+    for frames in alike.values():
+        contents: dict[Hashable, Frame] = {}
+        for frame in frames:
+            contents.setdefault(_content(frame) if len(frames) > 1 else None, frame)
+        kept += contents.values()
     return kept, len(ordered) - len(kept)
 
 
-def _same_pixels(a: Frame, b: Frame) -> bool:
-    if a.problem or b.problem or a.rescale != b.rescale:
-        return False
-    try:
-        return bool(np.array_equal(read_frame(a), read_frame(b)))
-    except MedsegError:  # damaged: reading the series will say so
-        return False
+def _content(frame: Frame) -> Hashable:
+    """The same for equal pixels; for those that cannot be read, the file's own."""
+    if not frame.problem:
+        try:
+            pixels = read_frame(frame).astype(np.int64)  # a compressed copy may come in another type
+            return frame.rescale, frame.size, hashlib.sha256(pixels.tobytes()).digest()
+        except MedsegError:  # damaged: reading the series will say so
+            pass
+    return frame.path, frame.number
 
 
 def _duplicates(ordered: Sequence[Frame], where: str) -> DataError:
-    ids = _position_ids(ordered)
-    repeated = [i for i in dict.fromkeys(ids) if ids.count(i) > 1]
+    ids = position_ids(ordered)
+    repeated = [i for i, number in Counter(ids).items() if number > 1]
     examples = [frame for i, frame in zip(ids, ordered, strict=True) if i == repeated[0]]
     files = list(dict.fromkeys(frame.path for frame in examples[:_MAX_NAMED]))
     home = os.path.commonpath([file.parent for file in files])  # files of two folders often share their names
     names = ", ".join(os.path.relpath(file, home) for file in files)
     place = examples[0].place
     position = ", ".join(f"{x:.2f}" for x in place.position) if place else ""
-    differing = _differing(examples, PHASES)
-    hint = f" (they differ in {', '.join(differing)})" if differing else ""
+    keys = differing(examples, (*PHASES, *TIMES))
+    hint = f" (they differ in {', '.join(keys)})" if keys else ""
     return DataError(
         "E-DICOM-DUPLICATE-POSITION",
         f"{len(repeated)} positions hold several different images, e.g. ({position}) mm: {names}{hint}; phases of a "

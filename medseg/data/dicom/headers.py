@@ -21,7 +21,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
-from medseg.data.dicom.frame import PHASES, Frame, Place
+from medseg.data.dicom.frame import PHASES, TIMES, Frame, Place
 from medseg.data.dicom.syntaxes import can_decode, missing_pixels
 from medseg.data.dicom.values import number_of, numbers_of, text_of, tolerant, transfer_syntax
 from medseg.errors import DataError
@@ -34,7 +34,9 @@ _READ = """
     RescaleIntercept SamplesPerPixel PhotometricInterpretation BitsAllocated BurnedInAnnotation
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
 """
-_TAGS = [*(Tag(keyword) for keyword in (*_READ.split(), *PHASES)), _SIEMENS_BLOCK, _NUM_TILES]
+_TAGS = [*(Tag(keyword) for keyword in (*_READ.split(), *PHASES, *TIMES)), _SIEMENS_BLOCK, _NUM_TILES]
+
+_OWN = (*PHASES[:-1], *TIMES)  # of each frame: one uid a file tells files apart, and single images need no telling
 
 _NOT_SCANS = {"SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "RWV"}
 _NOT_SCAN_CLASSES = tuple(
@@ -124,9 +126,10 @@ def _pixel_problem(header: Dataset, file: BinaryIO, path: Path) -> DataError | N
     if missing:
         return DataError("E-DICOM-TRUNCATED", f"{missing}; copy the file again from its source", where=where)
     if not _is_gray(header):
-        kind = text_of(header, "PhotometricInterpretation")
         return DataError(
-            "E-DICOM-COLOR", f"colors ({kind}); expected one gray value a voxel: give the original scan", where=where
+            "E-DICOM-COLOR",
+            f"colors ({_color(header)}); expected one gray value a voxel: give the original scan",
+            where=where,
         )
     if not can_decode(syntax):
         return DataError(
@@ -157,6 +160,14 @@ def _is_gray(header: Dataset) -> bool:
     return not any(text_of(item, "PixelPresentation") == "COLOR" for item in types)
 
 
+def _color(header: Dataset) -> str:
+    """Where the colors come from."""
+    num_samples, kind = int(number_of(header, "SamplesPerPixel") or 1), text_of(header, "PhotometricInterpretation")
+    if kind not in (*_GRAY, ""):
+        return kind
+    return "a supplemental palette" if num_samples == 1 else f"{num_samples} samples a pixel"
+
+
 def _is_mosaic(header: Dataset) -> bool:
     if "MOSAIC" in text_of(header, "ImageType"):
         return True
@@ -167,7 +178,7 @@ def _is_mosaic(header: Dataset) -> bool:
 def _single_frame(header: Dataset, path: Path, problem: DataError | None) -> Frame:
     has_one = (number_of(header, "NumberOfFrames") or 1) == 1  # one position cannot be that of several
     place = _place(header, header, header) if has_one and not _is_mosaic(header) else None
-    phase = {key: value for key in PHASES[:-1] if (value := text_of(header, key))}
+    phase = {key: value for key in _OWN if (value := text_of(header, key))}
     return _frame(header, path, place=place, measures=header, values=header, phase=phase, problem=problem)
 
 
@@ -183,9 +194,7 @@ def _enhanced_frames(header: Dataset, path: Path, problem: DataError | None) -> 
     of_file = {key: value for key in ("AcquisitionNumber", "SOPInstanceUID") if (value := text_of(header, key))}
     for number, group in enumerate(groups[:num_frames]):
         found = _functional_groups(shared) | _functional_groups(group)
-        phase = of_file | {
-            key: value for item in found.values() for key in PHASES[:-1] if (value := text_of(item, key))
-        }
+        phase = of_file | {key: value for item in found.values() for key in _OWN if (value := text_of(item, key))}
         if "LOCALIZER" in phase.get("FrameType", ""):
             continue
         position, axes, measures, values, content = (
@@ -237,7 +246,6 @@ def _frame(
             "export the original series",
             where=str(path),
         )
-    slope, intercept = number_of(values, "RescaleSlope"), number_of(values, "RescaleIntercept")
     return Frame(
         path,
         number,
@@ -250,11 +258,18 @@ def _frame(
         stack=stack,
         step_mm=number_of(measures, "SpacingBetweenSlices") or None,
         thickness_mm=number_of(measures, "SliceThickness") or None,
-        rescale=(slope, intercept or 0.0) if slope else None,  # a slope of 0 would make every voxel equal
+        rescale=_rescale(values),
         phase=phase,
         shows_text=text_of(header, "BurnedInAnnotation") == "YES",
         problem=problem,
     )
+
+
+def _rescale(values: Dataset) -> tuple[float | None, float] | None:
+    slope, intercept = number_of(values, "RescaleSlope"), number_of(values, "RescaleIntercept")
+    if slope == 0 or (slope is None and intercept is None):  # a slope of 0 would make every voxel equal
+        return None
+    return slope, intercept or 0.0
 
 
 def _place(position: Dataset, axes: Dataset, measures: Dataset) -> Place | None:

@@ -3,21 +3,25 @@
 Refused (`DataError`), for a SEG with the ids below, for an RTSTRUCT with E-RTSTRUCT- in place of E-SEG-:
 
 ===================== ==================================================================
-E-SEG-LABELS          structures without a label value; names of label values that clash
+E-SEG-LABELS          structures without a label value, or with several that could be meant
 E-SEG-OVERLAP         voxels of two structures, and no order that says which lies on top
 ===================== ==================================================================
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from medseg.data.volume_io import LABEL_TYPES
 from medseg.errors import DataError
 from medseg.geometry import Array, Geometry
 from medseg.registry import did_you_mean
@@ -27,7 +31,8 @@ Kind = Literal["SEG", "RTSTRUCT"]
 
 Mask = npt.NDArray[np.bool_]
 
-_LABEL_TYPES = (np.uint8, np.int16, np.int32)  # the integers that torch can compute with, smallest first
+# What people write in many ways: blanks and punctuation. A plus says something: PTV+3.
+_SEPARATOR = re.compile(r"(?:[^\w+]|_)+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,35 +55,37 @@ def values_of(names: Mapping[int, str], values: Mapping[str, int] | None, *, kin
 
     Args:
         names: Structure number to name.
-        values: Name to label value; case, blanks and punctuation do not count. 0 leaves a structure
-            out. None: the number is the value.
+        values: Name to label value. What is not named so to the letter is matched with the names left
+            over, where case, blanks and punctuation do not count, but between digits. 0 leaves a
+            structure out. None: the number is the value.
         kind: What the structures come from.
         where: For the message.
 
     Raises:
-        DataError: If structures have no value, or two names for values differ in punctuation alone.
+        DataError: If structures have no value, or several that could be meant.
     """
     if values is None:
         return {number: number for number in names}
-    known: dict[str, int] = {}
-    for name, value in values.items():
-        if known.setdefault(_folded(name), value) != value:
+    left_over: dict[str, dict[str, int]] = {}
+    for name in values.keys() - set(names.values()):
+        left_over.setdefault(_folded(name), {})[name] = values[name]
+    found, unknown = {}, []
+    for number, name in names.items():
+        alike = left_over.get(_folded(name), {})
+        if name in values:
+            found[number] = values[name]
+        elif not alike:
+            unknown.append(name)
+        elif len(set(alike.values())) == 1:
+            found[number] = next(iter(alike.values()))
+        else:
+            listed = ", ".join(f"{other!r} ({value})" for other, value in sorted(alike.items()))
             raise DataError(
-                f"E-{kind}-LABELS",
-                f"label {name!r} has the value {value}, and one that differs in case or punctuation alone has "
-                f"{known[_folded(name)]}; rename one",
-                where=where,
+                f"E-{kind}-LABELS", f"structure {name!r} may be {listed}; name one of them just so", where=where
             )
-    unknown = [name for name in names.values() if _folded(name) not in known]
     if unknown:
-        listed = "".join(f"\n  {name!r}{did_you_mean(name, values)}" for name in unknown)
-        raise DataError(
-            f"E-{kind}-LABELS",
-            f"{len(unknown)} of {len(names)} structures have no label value; give each a value, or 0 to leave it out:"
-            f"{listed}",
-            where=where,
-        )
-    return {number: known[_folded(name)] for number, name in names.items()}
+        raise _without_value(unknown, names, values, kind=kind, where=where)
+    return found
 
 
 def paint(
@@ -108,7 +115,7 @@ def paint(
     Raises:
         DataError: If structures of different values overlap that are not both in `paint_order`.
     """
-    array = np.zeros(shape, _label_type(values.values()))
+    array = np.zeros(shape, label_type(values.values()))
     rank = {value: place for place, value in enumerate(paint_order)}
     overlaps: Counter[tuple[int, int]] = Counter()
     for piece in pieces:
@@ -128,8 +135,8 @@ def paint(
         listed = "".join(f"\n  {called[a]!r} and {called[b]!r}: {n:,} voxels" for (a, b), n in sorted(overlaps.items()))
         raise DataError(
             f"E-{kind}-OVERLAP",
-            "structures overlap, and a voxel has one label only; give a paint order (the label values, the last "
-            f"on top) or train on regions:{listed}",
+            f"structures overlap, and a voxel has one label only; add to the manifest, the value on top last, "
+            f'"region_order": {sorted({value for pair in overlaps for value in pair})}, or train on regions:{listed}',
             where=where,
         )
     return array
@@ -156,11 +163,42 @@ def plane_distances_mm(grid: Geometry) -> Array:
     return 1 / np.linalg.norm(np.linalg.inv(grid.affine[:3, :3]), axis=1)
 
 
-def _folded(name: str) -> str:
-    """A name without what people write in many ways."""
-    return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
-
-
-def _label_type(values: Iterable[int]) -> type[np.integer[Any]]:
+def label_type(values: Iterable[int]) -> type[np.integer[Any]]:
+    """The smallest type of a label map that holds the values."""
     low, high = min(values, default=0), max(values, default=0)
-    return next(t for t in _LABEL_TYPES if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+    return next(t for t in LABEL_TYPES if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+
+
+def _folded(name: str) -> str:
+    """A name without what people write in many ways; between digits a separator stays, as 6.6 is not 66."""
+
+    def kept(match: re.Match[str]) -> str:
+        around = name[: match.start()][-1:], name[match.end() :][:1]
+        return match[0] if all(letter.isdigit() for letter in around) else ""
+
+    return _SEPARATOR.sub(kept, name).casefold() or name
+
+
+def _without_value(
+    unknown: Sequence[str], names: Mapping[int, str], values: Mapping[str, int], *, kind: Kind, where: str
+) -> DataError:
+    """Names the structures, and the line that gives them values."""
+    listed = "".join(f"\n  {name!r}{did_you_mean(name, values)}" for name in unknown)
+    line = {name: _likely_value(name, values, is_only=len(names) == 1) for name in unknown}
+    return DataError(
+        f"E-{kind}-LABELS",
+        f"{len(unknown)} of {len(names)} structures have no label value:{listed}\nAdd to the manifest, with the value "
+        f'of each (0 leaves it out): "structures": {json.dumps(line, ensure_ascii=False)}',
+        where=where,
+    )
+
+
+def _likely_value(name: str, values: Mapping[str, int], *, is_only: bool) -> int:
+    """The label of a name that is close, its numbers the same; of the only structure the only label; else 0."""
+    by_folded = {_folded(other): value for other, value in values.items()}
+    numbers = re.findall(r"\d+", name)
+    close = get_close_matches(_folded(name), [f for f in by_folded if re.findall(r"\d+", f) == numbers], n=1)
+    organs = set(values.values()) - {0}
+    if close:
+        return by_folded[close[0]]
+    return organs.pop() if is_only and len(organs) == 1 else 0

@@ -3,7 +3,7 @@
 ===================== ==================================================================
 E-DICOM-TRUNCATED     pixels that end too early
 E-DICOM-PIXELS        pixels that cannot be decoded, or are of another size than the header says
-W-DICOM-RESCALE       a CT that does not say how its values become Hounsfield units
+W-DICOM-RESCALE       a CT that does not say how its values become Hounsfield units; an intercept without a slope
 W-DICOM-HU            a CT with values that no Hounsfield unit has
 W-DICOM-INVERTED      MONOCHROME1, where low is bright: turned round
 ===================== ==================================================================
@@ -28,15 +28,13 @@ from pydicom.pixels.processing import apply_modality_lut
 from pydicom.tag import Tag
 from pydicom.uid import UID, RLELossless, SecondaryCaptureImageStorage, generate_uid
 
+from medseg.data.checks import HU_RANGE
 from medseg.data.dicom.frame import Frame
 from medseg.data.dicom.syntaxes import BY_GDCM, BY_PYDICOM, END_OF_IMAGE
 from medseg.data.dicom.values import tolerant, transfer_syntax
 from medseg.errors import DataError
 
 Pixels = npt.NDArray[Any]
-
-HU_RANGE = (-10_000, 20_000)
-"""No CT goes beyond, metal and padding included; one that does is probably read with the wrong sign."""
 
 _FORMAT = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
 _READ = """
@@ -73,6 +71,9 @@ def read_stack(frames: Sequence[Frame]) -> tuple[Pixels, tuple[str, ...]]:
             voxels = voxels.astype(np.float32)
         voxels[k] = values
     notes = ["W-DICOM-INVERTED MONOCHROME1 turned round, so that high is bright"] if is_inverted else []
+    num_without_slope = sum(frame.rescale is not None and frame.rescale[0] is None for frame in frames)
+    if num_without_slope:
+        notes.append(f"W-DICOM-RESCALE {num_without_slope} slices state an intercept and no slope; it is taken as 1")
     if frames[0].modality == "CT":
         notes += _ct_notes(frames, voxels)
     return voxels, tuple(notes)
@@ -189,13 +190,14 @@ def _inverted(stored: Pixels, header: Dataset) -> Pixels:
     return ends - stored.astype(np.int64)
 
 
-def _rescaled(stored: Pixels, rescale: tuple[float, float] | None, header: Dataset) -> Pixels:
+def _rescaled(stored: Pixels, rescale: tuple[float | None, float] | None, header: Dataset) -> Pixels:
     """Integers wherever they are exact."""
     if rescale is None and header.get("ModalityLUTSequence"):
         return apply_modality_lut(stored, header)
-    if rescale is None or rescale == (1, 0):
+    slope, intercept = rescale or (1.0, 0.0)
+    slope = 1.0 if slope is None else slope
+    if (slope, intercept) == (1, 0):
         return stored
-    slope, intercept = rescale
     if slope.is_integer() and intercept.is_integer():
         return stored.astype(np.int64) * int(slope) + int(intercept)
     return stored.astype(np.float64) * slope + intercept
@@ -209,7 +211,9 @@ def _ct_notes(frames: Sequence[Frame], voxels: Pixels) -> list[str]:
     notes = []
     num_bare = sum(frame.rescale is None for frame in frames)
     if num_bare:
-        notes.append(f"W-DICOM-RESCALE {num_bare} slices of a CT state no rescale; values taken as Hounsfield units")
+        notes.append(
+            f"W-DICOM-RESCALE {num_bare} slices of a CT state no usable rescale; values taken as Hounsfield units"
+        )
     low, high = float(voxels.min()), float(voxels.max())
     if low < HU_RANGE[0] or high > HU_RANGE[1] or low >= 0:
         notes.append(f"W-DICOM-HU values from {low:g} to {high:g} are no Hounsfield units of a body; check the export")

@@ -15,7 +15,7 @@ finer; a tenth of a voxel is more than rounding does, and less than a study coul
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """The part of the grid that a plane covers.
 
     Args:
@@ -43,7 +43,7 @@ class Place:
         return Piece(number, tuple(index), mask if self.axes[0] < self.axes[1] else mask.T)
 
 
-def place_plane(position: Array, steps: Array, size: tuple[int, int], grid: Geometry) -> Place | float:
+def place_plane(position: Array, steps: Array, size: tuple[int, int], grid: Geometry) -> Placement | float:
     """Where a plane of pixels lies.
 
     Args:
@@ -68,7 +68,7 @@ def place_plane(position: Array, steps: Array, size: tuple[int, int], grid: Geom
     return _cropped(wanted[0], units, size, grid.shape)
 
 
-def _cropped(start: Array, units: Array, size: tuple[int, int], shape: tuple[int, ...]) -> Place:
+def _cropped(start: Array, units: Array, size: tuple[int, int], shape: tuple[int, ...]) -> Placement:
     axes = (int(np.abs(units[0]).argmax()), int(np.abs(units[1]).argmax()))
     flips = (bool(units[0].sum() < 0), bool(units[1].sum() < 0))
     crops, windows = [], []
@@ -78,4 +78,4 @@ def _cropped(start: Array, units: Array, size: tuple[int, int], shape: tuple[int
         windows.append(slice(low, high))
         crops.append(slice(first + number - high, first + number - low) if flip else slice(low - first, high - first))
     normal = 3 - sum(axes)
-    return Place(normal, int(start[normal]), axes, flips, (crops[0], crops[1]), (windows[0], windows[1]))
+    return Placement(normal, int(start[normal]), axes, flips, (crops[0], crops[1]), (windows[0], windows[1]))

@@ -14,17 +14,21 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from medseg.data.dicom.painting import Mask
 from medseg.geometry import Array
 
 ON_EDGE = 1e-5
 """Distance in voxels at which a centre lies on an edge: rounding, no more, so that neighbours which share
 a border do not both claim the voxels along it."""
 
-Plane = npt.NDArray[np.bool_]
+SAME_OUTLINE = 0.1
+"""Mean distance in voxels up to which outlines of the same voxels are one, drawn twice. The two of a ring
+whose wall runs between the centres enclose the same voxels as well, but lie farther apart."""
+
 Window = tuple[slice, slice]
 
 
-def fill(polygons: Sequence[Array], shape: Sequence[int]) -> tuple[Window, Plane]:
+def fill(polygons: Sequence[Array], shape: Sequence[int]) -> tuple[Window, Mask]:
     """Voxels inside the polygons, all taken together.
 
     Args:
@@ -38,9 +42,21 @@ def fill(polygons: Sequence[Array], shape: Sequence[int]) -> tuple[Window, Plane
     return window, _inside(edges, size) | _on_edge(edges, size)
 
 
+def without_repeats(polygons: Sequence[Array], shape: Sequence[int]) -> list[Array]:
+    """Polygons, each once, whatever the points and the direction in which it is drawn again."""
+    if len(polygons) == 1:
+        return list(polygons)
+    kept: list[tuple[Array, Window, Mask]] = []
+    for polygon in polygons:
+        window, mask = fill([polygon], shape)
+        if not any(_is_repeat(polygon, window, mask, *other) for other in kept):
+            kept.append((polygon, window, mask))
+    return [polygon for polygon, _, _ in kept]
+
+
 def crossing_voxels(polygons: Sequence[Array], shape: Sequence[int]) -> int:
     """How many voxels lie in two polygons that cross: neither apart nor one within the other."""
-    masks: list[tuple[Window, Plane]] = []
+    masks: list[tuple[Window, Mask]] = []
     count = 0
     for polygon in polygons:
         window, edges, size = _windowed([polygon], shape)
@@ -61,11 +77,34 @@ def _windowed(polygons: Sequence[Array], shape: Sequence[int]) -> tuple[Window, 
     return (slice(low[0], high[0]), slice(low[1], high[1])), edges - low, high - low
 
 
-def _common(a_window: Window, a: Plane, b_window: Window, b: Plane) -> int:
+def _is_repeat(a: Array, a_window: Window, a_mask: Mask, b: Array, b_window: Window, b_mask: Mask) -> bool:
+    both = _common(a_window, a_mask, b_window, b_mask)
+    if not both or not both == a_mask.sum() == b_mask.sum():
+        return False
+    length = np.linalg.norm(a - np.roll(a, -1, axis=0), axis=1).sum()
+    return bool(abs(_area(a) - _area(b)) <= SAME_OUTLINE * length)
+
+
+def _area(polygon: Array) -> float:
+    (x, y), (next_x, next_y) = polygon.T, np.roll(polygon, -1, axis=0).T
+    return float(abs((x * next_y - next_x * y).sum()) / 2)
+
+
+def share_voxels(a: Window, b: Window) -> bool:
+    """Whether two parts of a plane overlap."""
+    return all(part.start < part.stop for part in _overlap(a, b))
+
+
+def _overlap(a: Window, b: Window) -> Window:
+    (ai, aj), (bi, bj) = a, b
+    return slice(max(ai.start, bi.start), min(ai.stop, bi.stop)), slice(max(aj.start, bj.start), min(aj.stop, bj.stop))
+
+
+def _common(a_window: Window, a: Mask, b_window: Window, b: Mask) -> int:
     """Voxels in both masks."""
-    shared = [slice(max(p.start, q.start), min(p.stop, q.stop)) for p, q in zip(a_window, b_window, strict=True)]
-    if any(part.start >= part.stop for part in shared):
+    if not share_voxels(a_window, b_window):
         return 0
+    shared = _overlap(a_window, b_window)
     parts = [
         mask[tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(shared, window, strict=True))]
         for window, mask in ((a_window, a), (b_window, b))
@@ -73,7 +112,7 @@ def _common(a_window: Window, a: Plane, b_window: Window, b: Plane) -> int:
     return int((parts[0] & parts[1]).sum())
 
 
-def _inside(edges: Array, size: npt.NDArray[np.int_]) -> Plane:
+def _inside(edges: Array, size: npt.NDArray[np.int_]) -> Mask:
     """Even-odd along each line of constant j: an edge toggles every voxel that lies behind it."""
     upward = edges[..., 1].argsort(axis=1)
     (x0, y0), (x1, y1) = np.take_along_axis(edges, upward[..., None], axis=1).transpose(1, 2, 0)
@@ -86,7 +125,7 @@ def _inside(edges: Array, size: npt.NDArray[np.int_]) -> Plane:
     return np.logical_xor.accumulate(odd, axis=0)
 
 
-def _on_edge(edges: Array, size: npt.NDArray[np.int_]) -> Plane:
+def _on_edge(edges: Array, size: npt.NDArray[np.int_]) -> Mask:
     """Voxels whose centre an edge runs through: found along both axes, so that flat edges are exact too."""
     mask = np.zeros(size, np.bool_)
     for axis, other in ((0, 1), (1, 0)):

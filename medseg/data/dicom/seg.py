@@ -26,10 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from medseg.data.dicom.painting import Mask, Piece, masks_of, paint, plane_distances_mm, values_of
-from medseg.data.dicom.plane_placement import Place, place_plane
+from medseg.data.dicom.plane_placement import Placement, place_plane
 from medseg.data.dicom.seg_file import Plane, Seg
 from medseg.errors import DataError, GeometryError
 from medseg.geometry import Geometry, Volume
+from medseg.labels import SEG_THRESHOLD
 
 log = logging.getLogger("medseg")
 
@@ -66,7 +67,7 @@ def read_seg(
     *,
     values: Mapping[str, int] | None,
     paint_order: Sequence[int] = (),
-    threshold: float = 0.5,
+    threshold: float = SEG_THRESHOLD,
     frame_of_reference_uid: str | None = None,
     where: str | None = None,
 ) -> Volume:
@@ -75,10 +76,10 @@ def read_seg(
     Args:
         path: The file.
         grid: The image's.
-        values: Segment label to label value; case, blanks and punctuation do not count, 0 leaves a
-            segment out. None: the segment number is the value.
+        values: Segment label to label value, see `painting.values_of`; 0 leaves a segment out. None: the
+            segment number is the value.
         paint_order: Label values that may overlap: later ones lie on top.
-        threshold: A fractional segment counts where it is above this; at 0.5 or more, shares of one
+        threshold: A fractional segment counts where it is at least this; above 0.5, shares of one
             voxel never overlap.
         frame_of_reference_uid: The image's; None: not compared.
         where: Case or file, for messages; None: the file.
@@ -110,7 +111,7 @@ def read_segments(
     path: Path,
     grid: Geometry,
     *,
-    threshold: float = 0.5,
+    threshold: float = SEG_THRESHOLD,
     frame_of_reference_uid: str | None = None,
     where: str | None = None,
 ) -> dict[str, Mask]:
@@ -150,10 +151,10 @@ def _pieces(seg: Seg, grid: Geometry, numbers: set[int]) -> Iterator[Piece]:
     _tell_what_is_outside(num_voxels, num_outside, seg.where)
 
 
-def _places(seg: Seg, indices: Sequence[int], grid: Geometry) -> dict[int, Place]:
+def _places(seg: Seg, indices: Sequence[int], grid: Geometry) -> dict[int, Placement]:
     """Where frames lie on the grid; all must lie on voxels."""
-    found: dict[Plane, Place | float] = {}
-    places: dict[int, Place] = {}
+    found: dict[Plane, Placement | float] = {}
+    places: dict[int, Placement] = {}
     misses: dict[int, float] = {}
     for index in indices:
         plane = seg.frames[index].plane
@@ -167,7 +168,7 @@ def _places(seg: Seg, indices: Sequence[int], grid: Geometry) -> dict[int, Place
         if plane not in found:  # one for all segments on it
             found[plane] = place_plane(np.array(plane.position), np.reshape(plane.steps, (2, 3)), seg.size, grid)
         place = found[plane]
-        if isinstance(place, Place):
+        if isinstance(place, Placement):
             places[index] = place
         else:
             misses[index] = place
@@ -202,7 +203,7 @@ def _check_frame_of_reference(seg: Seg, uid: str | None) -> None:
         )
 
 
-def _missing_slice(seg: Seg, index: int, place: Place, grid: Geometry) -> GeometryError:
+def _missing_slice(seg: Seg, index: int, place: Placement, grid: Geometry) -> GeometryError:
     size = grid.shape[place.normal]
     planes = max(-place.at, place.at - size + 1)
     distance = planes * float(plane_distances_mm(grid)[place.normal])

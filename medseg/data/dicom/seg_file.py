@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,15 @@ import numpy.typing as npt
 from medseg.data.dicom.objects import MAX_COORDINATE_MM, decoding, open_object
 from medseg.data.dicom.painting import Mask
 from medseg.errors import DataError, WorkflowError
+from medseg.labels import SEG_THRESHOLD
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 SEG_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """Segmentation Storage and Label Map Segmentation Storage."""
+
+_ROUNDING = 1e-6  # of a product of floats, in stored values
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Plane:
 
 
 @dataclass(frozen=True)
-class Frame:
+class SegFrame:
     """What the header says about a frame.
 
     Args:
@@ -59,33 +63,33 @@ class Seg:
         size: Rows and columns.
         frame_of_reference_uid: What positions refer to.
         background: Stored values of a labelmap that are no segment; None if frames hold one segment each.
-        above: Stored value above which a pixel belongs to the segment of its frame.
+        at_least: Stored value from which on a pixel belongs to the segment of its frame.
     """
 
     path: Path
     where: str
     labels: dict[int, str]
-    frames: tuple[Frame, ...]
+    frames: tuple[SegFrame, ...]
     size: tuple[int, int]
     frame_of_reference_uid: str | None
     background: frozenset[int] | None
-    above: float
+    at_least: int
 
     @classmethod
-    def open(cls, path: Path, where: str, threshold: float = 0.5) -> Seg:
+    def open(cls, path: Path, where: str, threshold: float = SEG_THRESHOLD) -> Seg:
         """Read all but the pixels.
 
         Args:
             path: The file.
             where: Case or file, for messages.
-            threshold: A fractional segment counts where it is above this.
+            threshold: A fractional segment counts where it is at least this.
 
         Raises:
             DataError: If the file is no SEG, or a damaged one.
             WorkflowError: If the threshold cannot be one.
         """
-        if not 0 <= threshold < 1:
-            raise WorkflowError("E-ARGUMENT", f"threshold {threshold}; it must be at least 0 and below 1", where=where)
+        if not 0 < threshold <= 1:
+            raise WorkflowError("E-ARGUMENT", f"threshold {threshold}; it must be above 0 and at most 1", where=where)
         header = open_object(path, SEG_CLASSES, kind="SEG", where=where)
         with decoding("SEG", where):
             kind = header.get("SegmentationType")
@@ -93,15 +97,17 @@ class Seg:
                 raise _broken(f"segmentation type {kind}; known: BINARY, FRACTIONAL, LABELMAP", where)
             background = frozenset({0, int(header.get("PixelPaddingValue", 0))}) if kind == "LABELMAP" else None
             labels = _labels(header, background or frozenset(), where)
+            frames = _frames(header, labels, where, is_labelmap=background is not None)
+            largest = int(header.get("MaximumFractionalValue", 255)) if kind == "FRACTIONAL" else 1
             return cls(
                 path,
                 where,
                 labels,
-                _frames(header, labels, where, is_labelmap=background is not None),
+                frames,
                 (int(header.Rows), int(header.Columns)),
                 header.get("FrameOfReferenceUID"),
                 background,
-                threshold * int(header.get("MaximumFractionalValue", 255)) if kind == "FRACTIONAL" else 0,
+                max(1, math.ceil(threshold * largest - _ROUNDING)),
             )
 
     def pixels(self, indices: Sequence[int]) -> Iterator[npt.NDArray[Any]]:
@@ -129,7 +135,7 @@ class Seg:
             DataError: If a labelmap holds values that no segment describes.
         """
         if self.background is None:
-            yield self.frames[index].numbers[0], pixels > self.above
+            yield self.frames[index].numbers[0], pixels >= self.at_least
             return
         for value in set(np.unique(pixels).tolist()) - self.background:
             if value not in self.labels:
@@ -141,12 +147,9 @@ class Seg:
             yield value, pixels == value
 
     def _check_length(self, image: Dataset) -> None:
-        stated = int(image.get("NumberOfFrames", 1))
-        if stated != len(self.frames):
-            raise _broken(f"{stated} frames, but places for {len(self.frames)}", self.where)
         if image.file_meta.TransferSyntaxUID.is_encapsulated:
             return  # its decoder finds out
-        bits = stated * int(image.Rows) * int(image.Columns) * int(image.BitsAllocated)
+        bits = len(self.frames) * int(image.Rows) * int(image.Columns) * int(image.BitsAllocated)
         if len(image.PixelData) < -(-bits // 8):
             raise DataError(
                 "E-SEG-TRUNCATED",
@@ -163,7 +166,7 @@ def _labels(header: Dataset, background: frozenset[int], where: str) -> dict[int
     return {number: label or f"segment {number}" for number, label in labels.items() if number not in background}
 
 
-def _frames(header: Dataset, labels: Mapping[int, str], where: str, *, is_labelmap: bool) -> tuple[Frame, ...]:
+def _frames(header: Dataset, labels: Mapping[int, str], where: str, *, is_labelmap: bool) -> tuple[SegFrame, ...]:
     shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
     frames = []
     for index, own in enumerate(header.get("PerFrameFunctionalGroupsSequence") or []):
@@ -172,7 +175,10 @@ def _frames(header: Dataset, labels: Mapping[int, str], where: str, *, is_labelm
             numbers = tuple(int(n) for n in _stated(own, shared, "SegmentIdentification", "ReferencedSegmentNumber"))
             if len(numbers) != 1 or numbers[0] not in labels:
                 raise _broken(f"frame {index + 1} names no segment that is described", where)
-        frames.append(Frame(numbers, _plane(own, shared)))
+        frames.append(SegFrame(numbers, _plane(own, shared)))
+    stated = int(header.get("NumberOfFrames", 1))
+    if stated != len(frames):
+        raise _broken(f"{stated} frames, but places for {len(frames)}", where)
     return tuple(frames)
 
 

@@ -37,7 +37,7 @@ def text_of(item: Dataset, keyword: str) -> str:
     if value is None:
         return ""
     parts = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return "\\".join(f"{part:g}" if isinstance(part, int | float) else str(part).strip() for part in parts)
+    return "\\".join(_text(part) for part in parts)
 
 
 def number_of(item: Dataset, keyword: str) -> float | None:
@@ -55,3 +55,9 @@ def numbers_of(item: Dataset, keyword: str, count: int) -> tuple[float, ...] | N
     except (ValueError, TypeError):
         return None
     return numbers if len(numbers) == count and all(math.isfinite(number) for number in numbers) else None
+
+
+def _text(part: object) -> str:
+    if isinstance(part, int):
+        return f"{part:d}"
+    return f"{part:.7g}" if isinstance(part, float) else str(part).strip()  # 7: what single precision holds

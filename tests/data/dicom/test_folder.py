@@ -308,6 +308,7 @@ def test_without_position_orientation_or_spacing_nothing_is_guessed(
     ("error_id", "elements"),
     [
         ("E-DICOM-COLOR", {"PhotometricInterpretation": "PALETTE COLOR"}),
+        ("E-DICOM-COLOR", {"SamplesPerPixel": 3, "PixelData": bytes(72)}),
         ("E-DICOM-TRUNCATED", {"PixelData": bytes(20)}),
         ("E-DICOM-TRUNCATED", {"PixelData": None}),
         ("E-DICOM-MOSAIC", {"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]}),
@@ -329,8 +330,24 @@ def test_one_slice_is_a_volume_as_thick_as_it_says(tmp_path: Path, write_slice: 
     assert volume.array.shape == (1, 4, 3, 1)
     assert volume.geometry.spacing_mm == pytest.approx((0.75, 0.5, 2.0))
     assert read_dicom(write_slice("b", 5, SpacingBetweenSlices=3.5)).geometry.spacing_mm[2] == pytest.approx(3.5)
+    negative = write_slice("n", 5, SpacingBetweenSlices=-3.5)  # nuclear medicine tells the direction by it
+    assert read_dicom(negative).geometry.spacing_mm[2] == pytest.approx(2.0)
     with pytest.raises(DataError, match=r"E-DICOM-GEOMETRY .*how thick"):
         read_dicom(write_slice("c", 5, SliceThickness=None))
+
+
+def test_a_slice_given_without_its_scan_says_how_many_there_are(
+    tmp_path: Path, write_slice: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write_slice(f"scan/{z}", z) for z in (0, 2, 4)]
+    write_slice("scan/other", 0, SeriesInstanceUID="1.2.3")
+    write_slice("scan/inner/5", 6)
+    read_dicom(paths[1])
+    assert "W-DICOM-ALONE" in caplog.text
+    assert "1 of 3 slices of this series that lie in its folder; give the folder" in caplog.text
+    assert note_ids(only(write_slice("alone/a", 0))) == []
+    films = [write_slice(f"films/{k}", k, Modality="DX") for k in range(2)]
+    assert note_ids(only(films[0])) == []
 
 
 def test_another_spacing_in_the_header_than_between_the_slices_is_noted(tmp_path: Path, write_slice: Write) -> None:

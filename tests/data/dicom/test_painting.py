@@ -63,6 +63,9 @@ def test_overlaps_without_an_order_are_refused_with_every_pair(seed: int) -> Non
             kind="RTSTRUCT",
             where="case a",
         )
+    assert 'add to the manifest, the value on top last, "region_order": [1, 2], or train on regions' in str(
+        caught.value
+    )
     assert f"'body' and 'lung': {np.count_nonzero(masks[1] & masks[2])} voxels" in str(caught.value)
 
 
@@ -90,10 +93,33 @@ def test_names_match_whatever_case_blanks_and_punctuation() -> None:
     assert values_of(names, None, kind="SEG", where="a") == {4: 4, 7: 7, 9: 9}
 
 
-def test_value_names_that_differ_in_punctuation_alone_are_refused() -> None:
-    with pytest.raises(DataError, match="E-SEG-LABELS a: label 'gtv 1' has the value 2"):
-        values_of({1: "GTV-1"}, {"gtv-1": 1, "gtv 1": 2}, kind="SEG", where="a")
+def test_a_name_that_is_there_to_the_letter_is_meant_and_only_the_rest_is_matched_loosely() -> None:
+    values = {"PTV 6.6": 1, "PTV-66": 2, "gtv-1": 3, "gtv 1": 4}
+    assert values_of({1: "PTV-66", 2: "PTV 6.6", 3: "gtv 1"}, values, kind="SEG", where="a") == {1: 2, 2: 1, 3: 4}
+    assert values_of({1: "gtv 1", 2: "GTV 1"}, values, kind="SEG", where="a") == {1: 4, 2: 3}
+    with pytest.raises(DataError, match=r"E-SEG-LABELS a: structure 'GTV-1' may be 'gtv 1' \(4\), 'gtv-1' \(3\)"):
+        values_of({1: "GTV-1"}, values, kind="SEG", where="a")
     assert values_of({1: "GTV-1"}, {"gtv-1": 1, "gtv 1": 1}, kind="SEG", where="a") == {1: 1}
+
+
+@pytest.mark.parametrize(("name", "label"), [("PTV 66", "PTV 6.6"), ("PTV 6 6", "PTV66"), ("PTV+3", "PTV-3")])
+def test_names_whose_numbers_differ_are_not_the_same(name: str, label: str) -> None:
+    with pytest.raises(DataError, match="E-SEG-LABELS a: 1 of 2 structures have no label value"):
+        values_of({1: name, 2: "liver"}, {label: 1, "liver": 2}, kind="SEG", where="a")
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (["GTV_Mass_CT"], '{"GTV_Mass_CT": 1}'),  # one structure, one label
+        (["Tumours", "Körper"], '{"Tumours": 1, "Körper": 0}'),
+        (["tumour", "PTV 66"], '{"PTV 66": 0}'),
+    ],
+)
+def test_what_lacks_a_value_comes_with_the_line_to_add_to_the_manifest(names: list[str], line: str) -> None:
+    with pytest.raises(DataError, match="E-RTSTRUCT-LABELS") as caught:
+        values_of(dict(enumerate(names, 1)), {"background": 0, "tumour": 1}, kind="RTSTRUCT", where="a")
+    assert f'manifest, with the value of each (0 leaves it out): "structures": {line}' in str(caught.value)
 
 
 def sheared() -> Geometry:

@@ -28,6 +28,11 @@ from medseg.errors import DataError
 
 Write = Callable[..., Path]
 
+WITHOUT_SLOPE = {
+    "CT": {"RescaleSlope": None},  # of the two that a CT is made with
+    "MR": {"RescaleIntercept": -1024},
+    "PT": {"RescaleIntercept": -1024},
+}
 STORED = np.random.default_rng(0).integers(0, 4000, (3, 4)).astype(np.uint16)
 
 
@@ -95,6 +100,13 @@ def test_a_ct_without_rescale_and_values_that_are_no_hounsfield_units_are_noted(
     wrong_sign = signed.view(np.uint16)
     assert read(write_slice("d", 0, wrong_sign, modality="CT", RescaleIntercept=0))[1] == ["W-DICOM-HU"]
     assert read(write_slice("e", 0, STORED, modality="CT", RescaleSlope=0))[1] == ["W-DICOM-RESCALE", "W-DICOM-HU"]
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR", "PT"])
+def test_an_intercept_without_a_slope_counts_and_is_told(write_slice: Write, modality: str) -> None:
+    voxels, notes = read(write_slice("a", 0, STORED, modality=modality, **WITHOUT_SLOPE[modality]))
+    np.testing.assert_array_equal(voxels, STORED.astype(int) - 1024)
+    assert notes == ["W-DICOM-RESCALE"]
 
 
 def test_monochrome1_is_turned_round_but_hounsfield_units_and_uptake_are_not(write_slice: Write) -> None:

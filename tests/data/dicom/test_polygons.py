@@ -5,7 +5,7 @@ import pytest
 from matplotlib.path import Path as MatplotlibPath
 from scipy import ndimage
 
-from medseg.data.dicom.polygons import crossing_voxels, fill
+from medseg.data.dicom.polygons import crossing_voxels, fill, without_repeats
 
 SHAPE = (13, 17)
 CENTRES = np.stack(np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij"), axis=-1).astype(float)
@@ -120,6 +120,18 @@ def test_crossing_polygons_are_counted_and_others_are_not() -> None:
     shifted = box + np.array([5, 0])  # voxels 7-12 (of 15) × 3-13
     assert crossing_voxels([box, shifted], SHAPE) == 4 * 11
     np.testing.assert_array_equal(filled(box, shifted), filled(box) ^ filled(shifted))
+
+
+def test_a_circle_drawn_again_with_other_points_is_one_and_another_circle_is_not() -> None:
+    def circle(radius: float, num_points: int) -> np.ndarray:
+        angle = np.linspace(0, 2 * np.pi, num_points, endpoint=False)
+        return np.stack([6 + radius * np.cos(angle), 8 + radius * np.sin(angle)], axis=1)
+
+    drawn = [circle(4.7, 90), circle(4.7, 61)[::-1], circle(3.2, 90), circle(4.7, 90) + np.array([5, 0])]
+    kept = without_repeats(drawn, SHAPE)
+    assert [next(k for k, one in enumerate(drawn) if one is polygon) for polygon in kept] == [0, 2, 3]
+    speck = [np.array([(0.1, 0.1), (0.4, 0.1), (0.4, 0.4)]) + shift for shift in (0, 3)]  # neither holds a voxel
+    assert len(without_repeats(speck, SHAPE)) == 2
 
 
 def test_outlines_traced_through_border_voxels_give_back_their_mask() -> None:

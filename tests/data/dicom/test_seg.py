@@ -16,8 +16,10 @@ from pydicom.tag import Tag
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medseg.data.dicom.seg import read_seg, read_segments, segments_of
+from medseg.data.volume_io import read_label, write_volume
 from medseg.errors import DataError, GeometryError, WorkflowError
 from medseg.geometry import Geometry, Volume
+from medseg.labels import Labels
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
 TURN = np.radians(20)
@@ -72,6 +74,7 @@ def write_seg(
     labels: Sequence[str] = ("Liver", "Left kidney", "Tumour"),
     order: Sequence[int] = (3, 0, 4, 1, 2),
     omit_empty: bool = True,
+    largest: int = 255,
 ) -> Path:
     """A SEG by highdicom of a label map (I, J, K) or of masks (I, J, K, segments), its slices in some order."""
     slices = ct_slices()
@@ -90,6 +93,7 @@ def write_seg(
         "1",
         "serial",
         omit_empty_frames=omit_empty,
+        max_fractional_value=largest,
     ).save_as(path)
     return path
 
@@ -266,20 +270,43 @@ def test_overlapping_segments_come_as_masks_and_those_of_one_name_are_united(tmp
     np.testing.assert_array_equal(read_segments(path, grid())["Lesion"], OVERLAPPING.any(axis=-1))
 
 
-def test_a_fractional_segment_counts_above_the_threshold(tmp_path: Path) -> None:
+def test_a_fractional_segment_counts_from_the_threshold_on(tmp_path: Path) -> None:
     shares = np.random.default_rng(2).random((COLUMNS, ROWS, SLICES, 2)) * 0.5
+    shares = shares.clip(0, 126 / 255)
     shares[0, 0, 0] = 128 / 255, 0  # stored exactly
     path = write_seg(tmp_path / "seg.dcm", shares, "FRACTIONAL", labels=("Liver", "Tumour"))
     stored = hd.seg.segread(path).get_volume(rescale_fractional=True).array  # (K, rows, columns, segments)
     masks = read_segments(path, grid(), threshold=0.3)
-    expected = np.swapaxes(np.moveaxis(stored > 0.3, 0, 2), 0, 1)
+    expected = np.swapaxes(np.moveaxis(stored >= 0.3, 0, 2), 0, 1)
     slices_up = hd.seg.segread(path).get_volume_geometry().direction[:, 0] @ NORMAL > 0
     expected = expected if slices_up else expected[:, :, ::-1]
     for channel, mask in enumerate(masks.values()):
         np.testing.assert_array_equal(mask, expected[..., channel])
     assert np.argwhere(read_seg(path, grid(), values=None).array).tolist() == [[0, 0, 0, 0]]
-    with pytest.raises(WorkflowError, match=r"E-ARGUMENT .*threshold 1"):
-        read_seg(path, grid(), values=None, threshold=1)
+    with pytest.raises(WorkflowError, match=r"E-ARGUMENT .*threshold 0"):
+        read_seg(path, grid(), values=None, threshold=0)
+
+
+@pytest.mark.parametrize("largest", [255, 100, 2, 1])
+def test_half_a_voxel_counts_whatever_fractions_are_stored_in(tmp_path: Path, largest: int) -> None:
+    whole, half = np.zeros(VOXELS.shape), np.zeros(VOXELS.shape)
+    whole[2, 2, 2], half[3, 3, 3] = 1, 0.5 if largest > 1 else 1
+    path = write_seg(tmp_path / "seg.dcm", whole + half, "FRACTIONAL", labels=("Liver",), largest=largest)
+    np.testing.assert_array_equal(read_seg(path, grid(), values=None).array[0], (whole + half) > 0)
+    above = read_seg(path, grid(), values=None, threshold=0.51).array[0]
+    np.testing.assert_array_equal(above, whole + half * (largest == 1))
+    full = read_seg(path, grid(), values=None, threshold=1).array[0]
+    np.testing.assert_array_equal(full, whole + half * (largest == 1))
+
+
+def test_a_data_set_can_set_the_threshold(tmp_path: Path) -> None:
+    path = write_seg(tmp_path / "seg.dcm", (VOXELS == 1) * 0.4, "FRACTIONAL", labels=("Liver",))
+    write_volume(tmp_path / "scan.nii.gz", Volume(np.zeros((1, *VOXELS.shape), np.int16), grid()))
+    manifest = {"labels": {"0": "background", "1": "liver"}}
+    for threshold, expected in [({}, 0), ({"seg_threshold": 0.3}, VOXELS == 1)]:
+        labels = Labels.from_dict(manifest | threshold)
+        read = read_label(path, image=tmp_path / "scan.nii.gz", labels=labels)
+        np.testing.assert_array_equal(read.array[0], np.broadcast_to(expected, VOXELS.shape))
 
 
 def test_segments_are_listed_with_their_frames(tmp_path: Path) -> None:
@@ -340,6 +367,12 @@ def lose_a_place(data: pydicom.Dataset) -> None:
     del data.PerFrameFunctionalGroupsSequence[-1]
 
 
+def lose_all_places(data: pydicom.Dataset) -> None:
+    """As a tiled image of a microscope, whose frames lie in the order of the tiles."""
+    data.DimensionOrganizationType = "TILED_FULL"
+    del data.PerFrameFunctionalGroupsSequence
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -349,6 +382,7 @@ def lose_a_place(data: pydicom.Dataset) -> None:
         (lose_segment, "E-SEG-FILE .*names no segment that is described"),
         (become_ct, "E-SEG-FILE .*is no SEG"),
         (lose_a_place, "E-SEG-FILE .*12 frames, but places for 11"),
+        (lose_all_places, "E-SEG-FILE .*12 frames, but places for 0"),
     ],
 )
 def test_broken_files_are_refused_without_telling_who_it_is(
