@@ -170,7 +170,7 @@ def loss(workflow: Workflow, net: nn.Module) -> nn.Module:
         weight = term.weight
         weights.append(Ramp(weight.start, weight.end, weight.over) if isinstance(weight, RampChoice) else weight)
     summed = Compound(terms, weights)
-    if workflow.train.deep_supervision:
+    if _unwrapped(net).extra_weights:  # of deep supervision, or of auxiliary heads that the network always has
         return DeepSupervision(summed, _unwrapped(net).extra_weights)
     return summed
 
