@@ -225,12 +225,17 @@ def nets(
     spatial_dims: Annotated[int | None, typer.Option(min=2, max=3, help="Only those for 2D or 3D.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the networks."""
+    """List the networks, or tell all of one."""
     with stdout_kept_free():
         from medseg.nets import NETS
-    entries = NETS if name is None else {name: NETS[name]}
-    chosen = {key: entry for key, entry in entries.items() if spatial_dims in (None, *entry.spatial_dims)}
-    print_result(described(chosen), as_json, parts_table)
+        from medseg.nets.describe import describe, explain
+        from medseg.nets.listing import net_page, nets_table
+
+    if name is not None:
+        print_result({"name": name, **explain(name, spatial_dims=spatial_dims)}, as_json, net_page)
+        return
+    chosen = [key for key, entry in NETS.items() if spatial_dims in (None, *entry.spatial_dims)]
+    print_result({key: describe(key, spatial_dims=spatial_dims) for key in chosen}, as_json, nets_table)
 
 
 @app.command()

@@ -74,7 +74,9 @@ class Data(Section):
 
 
 class NetworkChoice(Part):
-    encoder_weights: None = Field(None, description="published weights cannot be loaded yet")
+    encoder_weights: str | None = Field(
+        None, description="file of published encoder weights (.pth, .safetensors), relative to this file"
+    )
 
 
 class Init(Section):

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from medseg.build.training import recorded
 from medseg.compare import compare
 from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import MedsegError
 from medseg.geometry import Geometry, Volume
+from medseg.nets import NETS
 from medseg.outcome import print_result, training_summary
 from medseg.predict import predict
 from medseg.tracking.mlflow_tracker import open_store
@@ -471,3 +473,32 @@ def test_kills_at_random_moments(home, trial):
     shutil.rmtree(home / "cache")  # so that a kill may come while cases are prepared
     delay = random.Random(trial).uniform(0, 0.7 * whole["seconds"])
     assert_as_if_never_killed(home, whole, killed_and_resumed(home, ("after", delay)))
+
+
+def test_published_weights_start_the_encoder(home):
+    """Of pictures with three colors, for volumes of one channel; a step size of nothing leaves them as they begin."""
+    picture = NETS["segnet"].network(2, 3, 2, **NETS["segnet"].tiny, norm="batch").encoder.state_dict()
+    save_file(picture, "vgg.safetensors")
+    network = {"name": "segnet", "args": {**NETS["segnet"].tiny, "norm": "batch"}, "encoder_weights": "vgg.safetensors"}
+    overrides = [f"network={json.dumps(network)}", "train.optimizer.lr=1e-12", "train.precision=fp32"]
+    run = Path(train(Path("tiny.yaml"), overrides=overrides)["run_dir"])
+    weights = load_file(run / "model" / "model.safetensors")
+    name, kernel = next((name, tensor) for name, tensor in picture.items() if tensor.ndim == 4)
+    found = weights[f"encoder.{name}"]  # (O, 1, 3, 3, 3): the colors summed, the plane in the middle
+    np.testing.assert_allclose(found[:, 0, :, :, 1], kernel.sum(1).transpose(1, 2), atol=1e-6)
+    assert abs(found[..., [0, 2]]).max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "expected"),
+    [
+        ("segnet", "gone.pth", r"gone\.pth: there is no such file"),
+        ("segnet", "tiny.yaml", r"E-ENCODER-WEIGHTS"),
+        ("unet", "tiny.yaml", r"UNet has no encoder that weights are published for; remove encoder_weights"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_any_case_is_read(home, name, file, expected):
+    network = {"name": name, "args": NETS[name].tiny, "encoder_weights": file}
+    with pytest.raises(MedsegError, match=expected):
+        train(Path("tiny.yaml"), overrides=[f"network={json.dumps(network)}"])
+    assert not Path("cache").exists()

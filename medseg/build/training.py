@@ -33,6 +33,7 @@ from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
 from medseg.model import ModelSpec, load_model
 from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
+from medseg.nets.weights import encoder_of, load_encoder_weights
 from medseg.registry import check_arguments
 from medseg.reporting.overlay import contour_picture
 from medseg.tracking.mlflow_tracker import MlflowTracker
@@ -61,6 +62,7 @@ def check_parts(workflow: Workflow, source: Manifest, hardware: Hardware | None 
     spec = specification(workflow, source)
     with torch.device("meta"):
         net = _network(workflow, spec)
+    _published_weights(workflow, net)
     check_step_fits(workflow, net, len(source.channels), hardware or Hardware())
     _try_loss(workflow, source.labels, loss(workflow, net))
     _augmentation(workflow, source.labels, spec)
@@ -95,6 +97,7 @@ def trainer(
     options = workflow.train
     spec = specification(workflow, data.manifest, data.preprocessing)
     net = _network(workflow, spec)
+    _published_weights(workflow, net)
     with workflow.blamed("init"):
         _start_from(workflow, net)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on the console
@@ -167,7 +170,7 @@ def loss(workflow: Workflow, net: nn.Module) -> nn.Module:
         weight = term.weight
         weights.append(Ramp(weight.start, weight.end, weight.over) if isinstance(weight, RampChoice) else weight)
     summed = Compound(terms, weights)
-    if workflow.train.deep_supervision:
+    if _unwrapped(net).extra_weights:  # of deep supervision, or of auxiliary heads that the network always has
         return DeepSupervision(summed, _unwrapped(net).extra_weights)
     return summed
 
@@ -233,6 +236,14 @@ def recorded(workflow: Workflow) -> Workflow:
         return workflow
     track = workflow.track.model_copy(update={"uri": without_password(workflow.track.uri)})
     return workflow.model_copy(update={"track": track})
+
+
+def _published_weights(workflow: Workflow, net: nn.Module) -> None:
+    """Start the encoder from published weights; of a network on the meta device, only see that they fit."""
+    if (file := workflow.network.encoder_weights) is None:
+        return
+    with workflow.blamed("network", "encoder_weights"):
+        load_encoder_weights(encoder_of(_unwrapped(net)), workflow.file.parent / expand_variables(file))
 
 
 def _start_from(workflow: Workflow, net: nn.Module) -> None:

@@ -76,18 +76,31 @@ class Layers:
             raise ValueError(f"padding is {self.padding!r}; it must be 'same' or 'valid'")
 
     def conv(
-        self, in_channels: int, out_channels: int, *, kernel_size: PerAxis, stride: PerAxis = 1, bias: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: PerAxis,
+        stride: PerAxis = 1,
+        dilation: PerAxis = 1,
+        groups: int = 1,
+        bias: bool = True,
     ) -> nn.Module:
         """A convolution; with ``same`` padding, n voxels become n / stride where that divides."""
         kernel = per_axis(kernel_size, self.spatial_dims)
         strides = per_axis(stride, self.spatial_dims)
+        dilations = per_axis(dilation, self.spatial_dims)
         padding = [0] * self.spatial_dims
         if self.padding == "same":
-            padding = [max(0, (k - s + 1) // 2) for k, s in zip(kernel, strides, strict=True)]
-            if any(p and 2 * p >= k for p, k in zip(padding, kernel, strict=True)):
+            spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
+            padding = [max(0, (span - s + 1) // 2) for span, s in zip(spans, strides, strict=True)]
+            if any(p and 2 * p >= span for p, span in zip(padding, spans, strict=True)):
                 raise ValueError(f"kernel_size {kernel} cannot keep the size at stride {strides}; use odd kernels")
         conv: Any = nn.Conv2d if self.spatial_dims == 2 else nn.Conv3d
-        return conv(in_channels, out_channels, kernel, stride=strides, padding=tuple(padding), bias=bias)
+        return conv(
+            in_channels, out_channels, kernel,
+            stride=strides, padding=tuple(padding), dilation=dilations, groups=groups, bias=bias,
+        )  # fmt: skip
 
     def make_norm(self, channels: int) -> nn.Module:
         return NORMS[self.norm](channels, self.spatial_dims)
@@ -115,6 +128,8 @@ class ConvBlock(nn.Sequential):
         out_channels: Of the output.
         kernel_size: Of the convolution.
         stride: Of the convolution.
+        dilation: Of the convolution.
+        groups: Of the convolution; as many as channels make it depthwise.
         activate: Whether activation and dropout follow; not where a sum comes first.
     """
 
@@ -126,11 +141,21 @@ class ConvBlock(nn.Sequential):
         *,
         kernel_size: PerAxis = 3,
         stride: PerAxis = 1,
+        dilation: PerAxis = 1,
+        groups: int = 1,
         activate: bool = True,
     ) -> None:
         bias = layers.norm == "none" if layers.bias is None else layers.bias
         parts: OrderedDict[str, nn.Module] = OrderedDict()
-        parts["conv"] = layers.conv(in_channels, out_channels, kernel_size=kernel_size, stride=stride, bias=bias)
+        parts["conv"] = layers.conv(
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+        )
         parts["norm"] = layers.make_norm(out_channels)
         if activate:
             parts["activation"] = layers.make_activation(out_channels)
@@ -256,6 +281,13 @@ def pad_end(x: Tensor, size: Sequence[int]) -> Tensor:
     if not any(missing):
         return x
     return F.pad(x, [amount for n in reversed(missing) for amount in (0, n)], mode="replicate")
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, I, J[, K]) (bi-, tri-)linearly interpolated to another size."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear" if x.dim() == 4 else "trilinear")
 
 
 def crop_end(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -16,6 +16,12 @@ from medseg.nets.network import SegmentationNetwork
 
 OUTPUTS = 3
 ALL = [pytest.param(name, dims, id=f"{name}-{dims}d") for name, entry in NETS.items() for dims in entry.spatial_dims]
+NORM_CHOSEN = [
+    pytest.param(name, dims, id=f"{name}-{dims}d")
+    for name, entry in NETS.items()
+    for dims in entry.spatial_dims
+    if "norm" in inspect.signature(entry.network).parameters
+]
 SUPERVISED = [
     pytest.param(name, dims, id=f"{name}-{dims}d")
     for name, entry in NETS.items()
@@ -23,6 +29,7 @@ SUPERVISED = [
     if "deep_supervision" in inspect.signature(entry.network).parameters
 ]
 for_all = pytest.mark.parametrize(("name", "dims"), ALL)
+for_those_whose_norm_can_be_left_out = pytest.mark.parametrize(("name", "dims"), NORM_CHOSEN)
 for_supervised = pytest.mark.parametrize(("name", "dims"), SUPERVISED)
 
 
@@ -111,7 +118,7 @@ def test_bf16_autocast_stays_finite_and_close_to_float32(name: str, dims: int) -
     assert all(tensor.grad.isfinite().all() for tensor in network.parameters() if tensor.grad is not None)
 
 
-@for_all
+@for_those_whose_norm_can_be_left_out
 def test_activations_neither_fade_nor_explode_at_the_start(name: str, dims: int) -> None:
     network = tiny(name, dims, norm="none").eval()  # a norm would hide a wrong initialization
     assert 0.1 < network(image(*[4 * n for n in network.min_size])).std() < 10
@@ -126,7 +133,8 @@ def test_deep_supervision_gives_a_list_in_training_only_finest_first(name: str, 
     assert outputs[0].shape == (2, OUTPUTS, *size)
     for finer, coarser in itertools.pairwise(outputs):
         assert coarser.shape[1] == OUTPUTS
-        assert all(n < m for n, m in zip(coarser.shape[2:], finer.shape[2:], strict=True))
+        is_same_size = name == "unet_plus_plus"  # all its outputs are at full resolution
+        assert all(n < m or is_same_size for n, m in zip(coarser.shape[2:], finer.shape[2:], strict=True))
     assert isinstance(network.eval()(image(*size)), torch.Tensor)
 
 
@@ -157,3 +165,15 @@ def test_every_entry_says_where_it_comes_from_and_what_it_is_good_for() -> None:
         assert entry.title and entry.good_for
         assert "arXiv:" in entry.paper or "doi:" in entry.paper
         assert set(entry.spatial_dims) <= {2, 3}
+
+
+@pytest.mark.slow
+@for_all
+def test_exported_it_computes_the_same_for_any_batch(name: str, dims: int) -> None:
+    network = tiny(name, dims).eval()
+    size = [2 * n for n in network.min_size]
+    batch = torch.export.Dim("batch", min=1, max=8)
+    exported = torch.export.export(network, (image(*size),), dynamic_shapes=({0: batch},)).module()
+    for number in (1, 3):
+        x = image(*size, batch=number)
+        torch.testing.assert_close(exported(x), network(x))

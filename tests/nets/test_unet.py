@@ -26,18 +26,19 @@ def on_meta(*args: Any, **kwargs: Any) -> UNet:
 
 
 @pytest.mark.parametrize(
-    ("channels", "norm", "count"),
+    ("channels", "norm", "bias", "count"),
     [
-        ((1, 1), "none", 31_030_593),
-        ((1, 2), "none", 31_030_658),
-        ((3, 1), "none", 31_031_745),
-        ((3, 1), "batch", 31_037_633),
+        ((1, 1), "none", None, 31_030_593),
+        ((1, 2), "none", None, 31_030_658),
+        ((3, 1), "none", None, 31_031_745),
+        ((3, 1), "batch", None, 31_037_633),
+        ((3, 1), "batch", True, 31_043_521),
     ],
 )
 def test_the_paper_s_network_has_as_many_parameters_as_other_implementations(
-    channels: tuple[int, int], norm: str, count: int
+    channels: tuple[int, int], norm: str, bias: bool | None, count: int
 ) -> None:
-    assert num_parameters(on_meta(2, *channels, **{**PAPER, "norm": norm})) == count
+    assert num_parameters(on_meta(2, *channels, **{**PAPER, "norm": norm, "bias": bias})) == count
 
 
 def test_the_paper_s_network_has_23_convolutions() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from monai.networks.nets import VNet as MonaiVNet
 from torch import nn
@@ -31,20 +32,27 @@ def test_the_paper_s_convolutions_are_counted_by_hand() -> None:
     assert num_parameters(network) == encoder + decoder + down + up + head
 
 
-def test_monai_s_smaller_variant_is_equal_but_for_its_head() -> None:
+@pytest.mark.parametrize(
+    ("out_channels", "activation", "count"),
+    [(2, "elu", 45_597_898), (1, "elu", 45_593_892), (2, "prelu", 45_601_516)],
+)
+def test_monai_s_smaller_variant_is_equal_but_for_its_head(out_channels: int, activation: str, count: int) -> None:
     with torch.device("meta"):
-        monai = MonaiVNet(3, 1, 2)
+        monai = MonaiVNet(3, 1, out_channels, act="prelu" if activation == "prelu" else ("elu", {"inplace": True}))
     ours = on_meta(
         3,
         1,
-        2,
+        out_channels,
         convs_per_stage=(1, 1, 2, 3, 2),
         decoder_convs_per_stage=(1, 1, 2, 2),
         norm="batch",
-        activation="elu",
+        activation=activation,
     )
-    assert num_parameters(monai) == 45_597_898
-    assert num_parameters(ours) - num_parameters(ours.head) == num_parameters(monai) - num_parameters(monai.out_tr)
+    assert num_parameters(monai) == count
+    # MONAI's activates each stage's last convolution before the sum, too: where that learns, a slope a channel.
+    slopes = 2 * sum((32, 64, 128, 256)) if activation == "prelu" else 0
+    rest = num_parameters(monai) - num_parameters(monai.out_tr) - slopes
+    assert num_parameters(ours) - num_parameters(ours.head) == rest
 
 
 def test_the_docstring_states_the_default_number_of_parameters() -> None:

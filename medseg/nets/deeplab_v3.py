@@ -1,0 +1,86 @@
+"""DeepLab v3, in 2D and 3D."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from medseg.nets.blocks import ConvBlock, Layers, initialize, resize
+from medseg.nets.dilated import AUXILIARY_WEIGHT, DILATED_ENCODERS, auxiliary_head, input_sizes, scaled_rates
+from medseg.nets.network import SegmentationNetwork
+from medseg.nets.pyramids import ASPP
+
+
+class DeepLabV3(SegmentationNetwork):
+    """DeepLab v3: dilated convolutions keep the encoder's features dense, and look around at several rates.
+
+    Takes any size from `min_size` (the output stride, 8 by default) up; multiples of it need no padding. By
+    default 91,772,226 parameters in 3D and 39,627,714 in 2D (one channel in, two out).
+
+    Departs from the paper: the blocks of a stage share one dilation (no multi-grid), as in torchvision; the
+    average over the image is normalized over channels where the rest is not batch-normalized.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: Channels of the image.
+        out_channels: Classes or regions.
+        encoder: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``xception41`` or ``xception65``.
+        width: Channels of the encoder's stem; all others are in proportion.
+        output_stride: 8, 16 or 32: how much coarser than the image the features are that are classified.
+        rates: Dilations at an output stride of 16; at 8 they are doubled. None: (6, 12, 18), which suit slices
+            of 512 × 512 voxels, in 2D and in plane, else (1, 2, 3), which suit patches of 96 × 96 × 96.
+        aspp_channels: Of each branch, and of what is classified.
+        in_plane: Whether strides, poolings and dilations leave the third axis alone, for thick slices.
+        norm: ``auto`` (instance in 3D, batch in 2D), ``instance``, ``batch``, ``group`` or ``none``.
+        activation: ``relu``, ``leakyrelu``, ``elu``, ``prelu``, ``gelu`` or ``silu``.
+        dropout: Probability that a channel of the merged branches is dropped.
+        deep_supervision: Whether training also scores the last stage but one, by a head of its own.
+
+    Reference:
+        Chen et al. 2017, arXiv:1706.05587.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        encoder: str = "resnet50",
+        width: int = 64,
+        output_stride: int = 8,
+        rates: Sequence[int] | None = None,
+        aspp_channels: int = 256,
+        in_plane: bool = False,
+        norm: str = "auto",
+        activation: str = "relu",
+        dropout: float = 0.1,
+        deep_supervision: bool = False,
+    ) -> None:
+        backbone = DILATED_ENCODERS[encoder](
+            spatial_dims, in_channels, width=width, output_stride=output_stride, in_plane=in_plane, norm=norm,
+            activation=activation,
+        )  # fmt: skip
+        super().__init__(input_sizes(backbone), extra_weights=[AUXILIARY_WEIGHT] if deep_supervision else [])
+        self.encoder = backbone
+        layers = Layers(spatial_dims, norm=norm, activation=activation)
+        self.aspp = ASPP(
+            layers,
+            backbone.channels[-1],
+            aspp_channels,
+            rates=scaled_rates(rates, spatial_dims, output_stride=output_stride, in_plane=in_plane),
+            dropout=dropout,
+            in_plane=in_plane,
+        )
+        self.refine = ConvBlock(layers, aspp_channels, aspp_channels)
+        self.head = layers.head(aspp_channels, out_channels)
+        self.extra_heads = nn.ModuleList([auxiliary_head(layers, backbone, out_channels)] if deep_supervision else [])
+        for part in (self.aspp, self.refine, self.head, self.extra_heads):  # the encoder has done so itself
+            initialize(part)
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        features = self.encoder(x)
+        y = self.refine(self.aspp(features[-1]))  # (B, aspp_channels, I/8, …) with an output stride of 8
+        extra = [head(features[-2]) for head in self.extra_heads] if self.training else []
+        return [resize(self.head(y), x.shape[2:]), *extra]

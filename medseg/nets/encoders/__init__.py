@@ -1,0 +1,1 @@
+"""Encoders: networks that were made to classify, as the first half of networks that segment."""

@@ -1,0 +1,92 @@
+"""Convolutions that split their work: depthwise separable ones, and grouped ones whose channels are shuffled."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from medseg.nets.blocks import ConvBlock, Layers, PerAxis
+
+
+class SeparableConv(nn.Sequential):
+    """Depthwise separable convolution: first in space, each channel alone, then across channels; norm, activation.
+
+    From 256 to 256 channels it has a ninth of an ordinary 3 × 3 convolution's weights, and a twenty-fourth of a
+    3 × 3 × 3 one's. Modules are named as in timm's Xception.
+
+    Args:
+        layers: What the network's layers agree on.
+        in_channels: Of the input.
+        out_channels: Of the output.
+        kernel_size: Of the depthwise convolution.
+        stride: Of the depthwise convolution.
+        dilation: Of the depthwise convolution.
+        norm_between: Whether a norm follows the depthwise convolution too.
+        activate: Whether activations follow the norms.
+
+    Reference:
+        Chollet 2017, arXiv:1610.02357; Chen et al. 2018, arXiv:1802.02611 (dilated).
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: PerAxis = 3,
+        stride: PerAxis = 1,
+        dilation: PerAxis = 1,
+        norm_between: bool = False,
+        activate: bool = True,
+    ) -> None:
+        bias = layers.norm == "none"
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        parts["conv_dw"] = layers.conv(
+            in_channels,
+            in_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            groups=in_channels,
+            bias=bias and norm_between,  # else the second convolution's does
+        )
+        if norm_between:
+            parts["bn_dw"] = layers.make_norm(in_channels)
+            if activate:
+                parts["act_dw"] = layers.make_activation(in_channels)
+        parts["conv_pw"] = layers.conv(in_channels, out_channels, kernel_size=1, bias=bias)
+        parts["bn_pw"] = layers.make_norm(out_channels)
+        if activate:
+            parts["act_pw"] = layers.make_activation(out_channels)
+        super().__init__(parts)
+
+
+class ShuffledConv(nn.Sequential):
+    """Grouped convolution, norm, activation; then the channels are dealt out, so that the next groups see all of them.
+
+    Args:
+        layers: What the network's layers agree on.
+        in_channels: Of the input.
+        out_channels: Of the output; like `in_channels` divisible by `groups`.
+        groups: Into which the channels are split: weights and work become as many times fewer.
+        kernel_size: Of the convolution.
+        stride: Of the convolution.
+
+    Reference:
+        Zhang et al. 2018, arXiv:1707.01083 (ShuffleNet).
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        kernel_size: PerAxis = 1,
+        stride: PerAxis = 1,
+    ) -> None:
+        conv = ConvBlock(layers, in_channels, out_channels, kernel_size=kernel_size, stride=stride, groups=groups)
+        super().__init__(conv, nn.ChannelShuffle(groups))
