@@ -284,8 +284,13 @@ def test_nets_lists_names_papers_and_uses() -> None:
     listed = json.loads(medseg("nets", "--json").stdout)
     assert listed["unet"]["title"] == "U-Net"
     assert all(entry["paper"] and entry["good_for"] for entry in listed.values())
-    assert json.loads(medseg("nets", "unet", "--json").stdout) == {"unet": listed["unet"]}
+    assert listed["unet"]["parameters"]["3d"] == 16_544_130
+    told = json.loads(medseg("nets", "unet", "--json").stdout)
+    assert told["name"] == "unet" and told["arguments"] and told["structure"]
+    assert listed["unet"].items() <= told.items()
     assert "U-Net" in medseg("nets").stdout
+    only_2d = json.loads(medseg("nets", "--spatial-dims", "2", "--json").stdout)
+    assert set(only_2d["unet"]["min_size"]) == {"2d"}
 
 
 def test_nets_of_an_unknown_name_suggests_the_close_one() -> None:
