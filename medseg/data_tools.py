@@ -138,7 +138,7 @@ def convert(
         if volume.shows_text and not force:
             raise DataError(
                 "E-BURNED-IN",
-                f"says that its picture itself names the patient, and a {target.suffix} file would not say so any more; "
+                "says that its picture itself names the patient, and a converted file would not say so any more; "
                 "blank the text first, or add --force and share nothing made of it",
                 where=str(source),
             )

@@ -282,7 +282,7 @@ def test_a_scan_of_another_modality_is_refused_unless_forced(model, write_slice,
     assert case_ids(result["done"]) == ["liver"]
     (failed,) = result["failed"]
     assert failed["case"] == "mr" and failed["error_id"] == "E-MODALITY"
-    assert "modality MR; expected CT (CT) by this model; add --force" in failed["message"]
+    assert "modality MR; expected CT, as channel 'CT' says; add --force" in failed["message"]
     result = predict(model, [tmp_path / "scans"], output=tmp_path / "out", force=True)
     assert case_ids(result["done"]) == ["liver", "mr"]
     assert any(record.message.startswith("W-MODALITY") and "scans/mr" in record.message for record in caplog.records)

@@ -160,7 +160,9 @@ def check_modalities(found: Sequence[str | None], channels: Sequence[str], where
         expected = expected_modality(channel)
         if modality and expected and modality != expected:
             raise DataError(
-                "E-MODALITY", f"is a scan of modality {modality}; expected {channel} ({expected})", where=where
+                "E-MODALITY",
+                f"is a scan of modality {modality}; expected {expected}, as channel {channel!r} says",
+                where=where,
             )
 
 

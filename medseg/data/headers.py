@@ -201,7 +201,7 @@ def _affine(
     """The sform, else the qform, else what the user assumes."""
     if raw["sform_code"] > 0:
         sform = np.asarray(raw.get_sform(), np.float64)
-        if raw["qform_code"] > 0:
+        if raw["qform_code"] > 0 and np.isfinite(sform).all():  # else it is refused
             _compare_forms(raw, sform, shape, where)
         return sform
     if raw["qform_code"] > 0:

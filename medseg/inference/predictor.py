@@ -214,10 +214,10 @@ class Predictor:
             if not any_modality:
                 raise DataError(
                     error.error_id,
-                    f"{error.message} by this model; add --force to segment it anyway",
+                    f"{error.message}; add --force to segment it anyway",
                     where=error.where,
                 ) from None
-            log.warning("W-MODALITY %s: %s by this model", prepared.name, error.message)
+            log.warning("W-MODALITY %s: %s", prepared.name, error.message)
 
     def _nothing(self, prepared: Prepared) -> Tensor:
         """Logits that say background, with certainty."""
