@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,21 @@ def check_channel_grid(first: Geometry, other: Geometry, where: str) -> bool:
         "W-CHANNEL-GRID %s: a channel is resampled to the first one's grid (%.0f%% covered)", where, 100 * covered
     )
     return False
+
+
+def check_channel_frames(uids: Iterable[str | None], where: str) -> None:
+    """Warn where channels refer to different frames: equal coordinates are then different places.
+
+    Args:
+        uids: FrameOfReferenceUID of each channel, None where its file states none.
+        where: Case or files, for the message.
+    """
+    if len({uid for uid in uids if uid}) > 1:
+        logging.getLogger("medseg").warning(
+            "W-CHANNEL-FRAME %s: channels of different frames of reference, so the same coordinates need not be the "
+            "same place; unless they were registered, register them first",
+            where,
+        )
 
 
 def value_ranges(image: Volume) -> tuple[tuple[float, float], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medseg.data.checks import check_channel_grid
+from medseg.data.checks import check_channel_frames, check_channel_grid
 from medseg.data.resample import resample_image
 from medseg.data.volume_io import read_label, read_volume
 from medseg.errors import DataError
@@ -24,8 +23,6 @@ Source = Path | str | Volume
 
 _OF_VOLUMES = "Of a 4D file, select_volume takes one"
 _OF_PICTURES = "Convert the pictures, or correct the manifest's modality"
-
-log = logging.getLogger("medseg")
 
 
 def read_image(sources: Sequence[Source], preprocessing: Preprocessing) -> Volume:
@@ -40,7 +37,7 @@ def read_image(sources: Sequence[Source], preprocessing: Preprocessing) -> Volum
         GeometryError: If a channel shows another part of the patient than the first.
     """
     first, *others = [_read(source, preprocessing) for source in sources]
-    _compare_frames([first, *others], name_of(sources))
+    check_channel_frames((volume.frame_of_reference_uid for volume in (first, *others)), name_of(sources))
     volumes = [first, *(_on_grid_of(first, other, name_of(sources)) for other in others)]
     num_channels, expected = sum(len(volume.array) for volume in volumes), len(preprocessing.intensity)
     if num_channels != expected:
@@ -84,16 +81,6 @@ def read_label_map(
 def name_of(sources: Sequence[Source]) -> str:
     """What messages call them."""
     return ", ".join("a volume in memory" if isinstance(source, Volume) else str(source) for source in sources)
-
-
-def _compare_frames(channels: Sequence[Volume], where: str) -> None:
-    """Warn where channels refer to different frames: equal coordinates are then different places."""
-    if len({uid for volume in channels if (uid := volume.frame_of_reference_uid)}) > 1:
-        log.warning(
-            "W-CHANNEL-FRAME %s: channels of different frames of reference, so the same coordinates need not be the "
-            "same place; unless they were registered, register them first",
-            where,
-        )
 
 
 def _on_grid_of(first: Volume, other: Volume, where: str) -> Volume:

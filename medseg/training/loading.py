@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import wait
 from typing import Any
 
+from torch.utils.data._utils import signal_handling
+
 from medseg.errors import TrainingError
 from medseg.training.state import Batch
 
@@ -68,6 +70,8 @@ def _started(loader: Iterable[Batch]) -> Iterator[Batch]:
     torch has SIGCHLD raise in the main thread, which may be amid an update of the weights or in the writing of a file.
     """
     before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", None) == signal_handling.__name__:  # of a loader that was started without this
+        before = signal.SIG_DFL
     batches = iter(loader)
     signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     return batches

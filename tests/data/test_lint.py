@@ -267,6 +267,32 @@ def test_an_id_that_all_dicom_files_bear_is_a_warning(tmp_path: Path, write_slic
     assert [row["error_id"] for row in rows] == ["W-PATIENT-ID"]
 
 
+def test_patients_that_the_manifest_tells_apart_are_not_joined_by_an_id(
+    tmp_path: Path, write_slice: Callable[..., Path]
+) -> None:
+    """As where one of several sites writes the same id into all its files."""
+    path = series_set(tmp_path, write_slice, ["ANON", "ANON", "R-2", "S-3"])
+    data = json.loads(path.read_text())
+    for n, entry in enumerate(data["training"]):
+        entry["patient"] = f"person {n}"
+    path.write_text(json.dumps(data))
+    assert [row["error_id"] for row in check(path)["rows"]] == ["W-PATIENT-ID"]
+
+
+def test_channels_of_different_frames_of_reference_are_told(tmp_path: Path, write_slice: Callable[..., Path]) -> None:
+    path = series_set(tmp_path, write_slice, ["a", "b"])
+    data = json.loads(path.read_text())
+    data["modality"] = {"0": "MR", "1": "MR"}
+    for n, entry in enumerate(data["training"]):
+        for z in (0, 2, 4, 6):
+            pixels = np.random.default_rng(9 + z + n).integers(0, 999, (8, 9), np.uint16)
+            uids = {"SeriesInstanceUID": f"1.3.{n}", "FrameOfReferenceUID": "1.9" if n else None}
+            write_slice(f"second{n}/{z}.dcm", float(z), pixels, PatientID="ab"[n], **uids)
+        entry["image"] = [entry["image"], f"second{n}"]
+    path.write_text(json.dumps(data))
+    assert {(row["error_id"], row["case"]) for row in check(path)["rows"]} == {("W-CHANNEL-FRAME", "c1")}
+
+
 def test_a_workflow_that_allows_missing_slices_has_them_interpolated(
     tmp_path: Path, write_slice: Callable[..., Path]
 ) -> None:

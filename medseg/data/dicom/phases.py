@@ -117,8 +117,13 @@ def _unrepeated(ordered: Sequence[Frame], times: Sequence[Sequence[str]]) -> Spl
 
 
 def _unwoven(frames: Sequence[Frame]) -> Split:
-    """Scans whose slices alternate along the stack; one if there is one."""
-    passes = _OF_PASSES if frames[0].modality == "MR" and not fit_stack(frames, "").problems else ()
+    """Scans whose slices alternate along the stack; one if there is one.
+
+    MR is often taken in passes, odd slices after even ones: where all of them are one stack, if need be with
+    slices missing, they are one scan.
+    """
+    is_in_passes = frames[0].modality == "MR" and _is_almost_whole(fit_stack(frames, ""))
+    passes = _OF_PASSES if is_in_passes else ()
     for key in _alternating(frames, [key for key in PHASES if key not in passes]):
         return {
             ", ".join(filter(None, (outer, inner))): scan
@@ -136,7 +141,7 @@ def _alternating(frames: Sequence[Frame], keys: Sequence[str]) -> list[str]:
 def _is_woven(frames: Sequence[Frame], key: str) -> bool:
     scans = list(_split(frames, (key,)).values())
     num_runs = 1 + sum(a.phase.get(key) != b.phase.get(key) for a, b in pairwise(frames))
-    if num_runs == len(scans) or min(map(len, scans)) < 2:
+    if num_runs == len(scans) or min(map(len, scans)) <= 2:  # two slices are evenly spaced in any case
         return False
     stacks = [fit_stack(scan, "") for scan in scans]
     spacings = [stack.geometry.spacing_mm[2] for stack in stacks if stack.geometry]

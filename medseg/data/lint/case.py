@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.data.checks import (
+    check_channel_frames,
     check_channel_grid,
     check_modalities,
     check_not_constant,
@@ -149,6 +150,7 @@ def examine(case: Case, warned: WarningLog, *, expected: Expected, is_training: 
         rows += _channel_rows(case, read, expected)
     if images[0]:
         _check_grids(case, images[0].geometry, images[1:], label, rows)
+    check_channel_frames((image.frame_of_reference_uid for image in read), str(case.images[0]))
     rows += [row_of(message, case) for message in warned.take()]
     shows = len(read) == len(images) and all(image.digests for image in read)
     of_all = hashlib.sha256("".join(d for image in read for d in image.digests).encode()).hexdigest()
@@ -170,6 +172,7 @@ class _Image:
     geometry: Geometry
     num_channels: int
     digests: tuple[str, ...]
+    frame_of_reference_uid: str | None
 
 
 def _image(case: Case, file: Path, rows: list[Row], expected: Expected, *, is_training: bool) -> _Image | None:
@@ -197,7 +200,7 @@ def _image(case: Case, file: Path, rows: list[Row], expected: Expected, *, is_tr
             check_modalities(volume.modalities, kinds, str(file))
         oriented = volume.oriented("RAS")
         digests = () if is_constant else tuple(digest(channel) for channel in oriented.array)
-        return _Image(volume.geometry, len(volume.array), digests)
+        return _Image(volume.geometry, len(volume.array), digests, volume.frame_of_reference_uid)
     return None
 
 

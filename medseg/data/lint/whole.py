@@ -269,16 +269,23 @@ def of_one_patient(facts: Sequence[CaseFacts]) -> list[list[CaseFacts]]:
 
 
 def _hidden_by_one_id(facts: Sequence[CaseFacts]) -> list[list[CaseFacts]]:
-    """Cases with one PatientID that most cases bear, which the manifest takes for three patients or more.
+    """Cases with one PatientID that may be a placeholder, as anonymizers write them.
 
-    Anonymizers write such ids; hardly any data set shows one person in most of its cases.
+    So where most cases bear it, which the manifest takes for three patients or more, for hardly any data set shows one
+    person in most of its cases; and where the manifest states that each is another patient.
     """
     bearers: dict[str, list[CaseFacts]] = defaultdict(list)
     for found in facts:
         if found.person:
             bearers[found.person].append(found)
     most = max(2, len(facts) / 2)
-    return [group for group in bearers.values() if len({found.case.patient for found in group}) > most]
+    hidden = []
+    for group in bearers.values():
+        patients = {found.case.patient for found in group}
+        are_stated = all(found.case.patient != found.case.id for found in group)  # the id stands where nothing is said
+        if len(patients) > most or (are_stated and len(patients) == len(group) > 1):
+            hidden.append(group)
+    return hidden
 
 
 def _duplicate_rows(facts: Sequence[CaseFacts], folds: Mapping[str, int]) -> Iterator[Row]:

@@ -84,6 +84,13 @@ def test_odd_and_even_slices_of_an_mr_made_in_two_passes_are_one_scan_with_a_war
     assert notes(tmp_path) == ["W-DICOM-MIXED slices differ in AcquisitionNumber: is it one scan?"]
 
 
+def test_so_they_are_where_a_slice_is_missing(tmp_path: Path, write_slice: Write) -> None:
+    places = [2 * k for k in range(14) if k != 5]
+    write_scan(write_slice, places, 100, AcquisitionNumber=lambda k: places[k] // 2 % 2 + 1)
+    assert len(only(tmp_path).frames) == 13
+    assert [problem.error_id for problem in only(tmp_path).problems] == ["E-DICOM-MISSING-SLICE"]
+
+
 def test_a_slice_that_was_taken_again_stays_in_its_scan(tmp_path: Path, write_slice: Write) -> None:
     write_scan(write_slice, EVEN, 100, AcquisitionNumber=lambda k: 2 if k == 3 else 1, modality="CT")
     assert len(only(tmp_path).frames) == 8
