@@ -14,6 +14,7 @@ from medseg.build.model import Hardware, network, specification
 from medseg.data.manifest import Manifest
 from medseg.errors import MedsegError
 from medseg.inference.predictor import has_bf16
+from medseg.memory import is_out_of_memory
 from medseg.nets.slices import OnSlices
 from medseg.workflow import Workflow
 
@@ -53,8 +54,12 @@ def measured_pace(workflow: Workflow, source: Manifest, patch: Sequence[int]) ->
         precision = workflow.train.precision
         autocast = precision == "bf16" or (precision == "auto" and has_bf16(device))
         return _pace(net.to(device).train(), workflow, len(source.channels), tuple(patch), device, autocast=autocast)
-    except (MedsegError, MemoryError, torch.OutOfMemoryError):
+    except MedsegError:
         return None
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return None
+        raise
 
 
 def hours(workflow: Workflow, pace: Pace, shapes: Sequence[Sequence[int]], patch: Sequence[int]) -> float:
