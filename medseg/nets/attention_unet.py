@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from medseg.nets.blocks import ConvStage, Layers, PerAxis, TransposedConv, initialize, per_axis, per_level
+from medseg.nets.blocks import ConvStage, Layers, PerAxis, per_axis, per_level
 from medseg.nets.gates import AttentionGate
-from medseg.nets.network import AxisSizes, SegmentationNetwork
+from medseg.nets.network import AxisSizes
+from medseg.nets.u_shape import Decoder, UShaped
 
 
-class AttentionUNet(SegmentationNetwork):
+class AttentionUNet(UShaped):
     """Attention U-Net: a U-Net whose skips are gated by what the decoder already knows one level below.
 
     A gate weighs each voxel of a skip, so that what lies outside the organ is quieted before the decoder
@@ -64,45 +63,30 @@ class AttentionUNet(SegmentationNetwork):
         steps = [per_axis(s, spatial_dims) for s in per_level("strides", strides, depth)]
         kernels = per_level("kernel_sizes", kernel_sizes, depth + 1)
         convs = per_level("convs_per_stage", convs_per_stage, depth + 1)
-        num_extra = depth - 2 if deep_supervision else 0
-        multiples = [math.prod(axis) for axis in zip(*steps, strict=True)]
-        super().__init__(
-            [AxisSizes(multiple, minimum=multiple) for multiple in multiples],
-            extra_weights=[0.5**n for n in range(1, num_extra + 1)],
-        )
         layers = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout)
 
-        def stage(n: int, in_channels: int) -> ConvStage:
-            return ConvStage(layers, in_channels, channels[n], num_convs=convs[n], kernel_size=kernels[n])
-
-        self.encoder = nn.ModuleList([stage(0, in_channels)])
-        self.gates = nn.ModuleList()  # these, the ups and the decoder in the order of the levels, finest first
-        self.ups = nn.ModuleList()
-        self.decoder = nn.ModuleList()
-        for n, step in enumerate(steps):
-            width, below = channels[n], channels[n + 1]
-            self.encoder.append(nn.Sequential(layers.max_pool(step), stage(n + 1, width)))
-            self.gates.append(AttentionGate(layers, width, below, stride=step) if n else IgnoresGate())
-            self.ups.append(TransposedConv(layers, below, width, stride=step))
-            self.decoder.append(stage(n, 2 * width))
-        self.head = layers.head(channels[0], out_channels)
-        self.extra_heads = nn.ModuleList(layers.head(channels[n], out_channels) for n in range(1, num_extra + 1))
-        initialize(self)
-
-    def outputs(self, x: Tensor) -> list[Tensor]:
-        skips: list[Tensor] = []
-        for stage in self.encoder:
-            x = stage(x)  # (B, channels[n], I / 2^n, …) with strides of 2
-            skips.append(x)
-        skips.pop()
-        heads = [self.head, *self.extra_heads] if self.training else [self.head]
-        outputs = []
-        for n in reversed(range(len(self.decoder))):
-            gated = self.gates[n](skips.pop(), x)
-            x = self.decoder[n](torch.cat([gated, self.ups[n](x)], dim=1))
-            if n < len(heads):
-                outputs.append(heads[n](x))
-        return outputs[::-1]
+        encoder: list[nn.Module] = []
+        for n, width in enumerate(channels):
+            narrow = channels[n - 1] if n else in_channels
+            stage = ConvStage(layers, narrow, width, num_convs=convs[n], kernel_size=kernels[n])
+            encoder.append(nn.Sequential(layers.max_pool(steps[n - 1]), stage) if n else stage)
+        gates = [AttentionGate(layers, channels[n], channels[n + 1], stride=steps[n]) for n in range(1, depth)]
+        decoder = Decoder(
+            layers,
+            channels,
+            strides=steps,
+            kernel_sizes=kernels,
+            convs_per_stage=convs[:-1],
+            gates=[IgnoresGate(), *gates],
+        )
+        super().__init__(
+            AxisSizes.of_strides(steps),
+            layers,
+            out_channels,
+            encoder=encoder,
+            decoder=decoder,
+            deep_supervision=deep_supervision,
+        )
 
 
 class IgnoresGate(nn.Module):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from medseg.nets.blocks import ConvBlock, Layers, initialize, resize
-from medseg.nets.dilated import AUXILIARY_WEIGHT, DILATED_ENCODERS, auxiliary_head, input_sizes, scaled_rates
-from medseg.nets.network import SegmentationNetwork
+from medseg.nets.blocks import ConvBlock, Layers, initialize
+from medseg.nets.dilated import DilatedNetwork, scaled_rates
 from medseg.nets.pyramids import ASPP
 
 
-class DeepLabV3(SegmentationNetwork):
+class DeepLabV3(DilatedNetwork):
     """DeepLab v3: dilated convolutions keep the encoder's features dense, and look around at several rates.
 
     Takes any size from `min_size` (the output stride, 8 by default) up; multiples of it need no padding. By
@@ -58,16 +57,14 @@ class DeepLabV3(SegmentationNetwork):
         dropout: float = 0.1,
         deep_supervision: bool = False,
     ) -> None:
-        backbone = DILATED_ENCODERS[encoder](
-            spatial_dims, in_channels, width=width, output_stride=output_stride, in_plane=in_plane, norm=norm,
-            activation=activation,
-        )  # fmt: skip
-        super().__init__(input_sizes(backbone), extra_weights=[AUXILIARY_WEIGHT] if deep_supervision else [])
-        self.encoder = backbone
         layers = Layers(spatial_dims, norm=norm, activation=activation)
+        super().__init__(
+            layers, in_channels, out_channels, encoder=encoder, width=width, output_stride=output_stride,
+            in_plane=in_plane, deep_supervision=deep_supervision,
+        )  # fmt: skip
         self.aspp = ASPP(
             layers,
-            backbone.channels[-1],
+            self.encoder.channels[-1],
             aspp_channels,
             rates=scaled_rates(rates, spatial_dims, output_stride=output_stride, in_plane=in_plane),
             dropout=dropout,
@@ -75,12 +72,8 @@ class DeepLabV3(SegmentationNetwork):
         )
         self.refine = ConvBlock(layers, aspp_channels, aspp_channels)
         self.head = layers.head(aspp_channels, out_channels)
-        self.extra_heads = nn.ModuleList([auxiliary_head(layers, backbone, out_channels)] if deep_supervision else [])
-        for part in (self.aspp, self.refine, self.head, self.extra_heads):  # the encoder has done so itself
+        for part in (self.aspp, self.refine, self.head):
             initialize(part)
 
-    def outputs(self, x: Tensor) -> list[Tensor]:
-        features = self.encoder(x)
-        y = self.refine(self.aspp(features[-1]))  # (B, aspp_channels, I/8, …) with an output stride of 8
-        extra = [head(features[-2]) for head in self.extra_heads] if self.training else []
-        return [resize(self.head(y), x.shape[2:]), *extra]
+    def classified(self, features: Sequence[Tensor]) -> Tensor:
+        return self.head(self.refine(self.aspp(features[-1])))  # (B, R, I/8, …) with an output stride of 8

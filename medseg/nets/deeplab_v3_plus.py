@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from medseg.nets.blocks import ConvBlock, Layers, initialize, resize
-from medseg.nets.dilated import DILATED_ENCODERS, input_sizes, scaled_rates
-from medseg.nets.network import SegmentationNetwork
+from medseg.nets.dilated import DilatedNetwork, scaled_rates
 from medseg.nets.pyramids import ASPP
 from medseg.nets.separable import SeparableConv
 
 LOW_LEVEL = 1  # the encoder's feature at stride 4
 
 
-class DeepLabV3Plus(SegmentationNetwork):
+class DeepLabV3Plus(DilatedNetwork):
     """DeepLab v3+: DeepLab v3 of depthwise separable convolutions, with a decoder that sharpens it by early features.
 
     Takes any size from `min_size` (the output stride, 16 by default) up; multiples of it need no padding. By
@@ -62,34 +61,30 @@ class DeepLabV3Plus(SegmentationNetwork):
         activation: str = "relu",
         dropout: float = 0.1,
     ) -> None:
-        backbone = DILATED_ENCODERS[encoder](
-            spatial_dims, in_channels, width=width, output_stride=output_stride, in_plane=in_plane, norm=norm,
-            activation=activation,
-        )  # fmt: skip
-        super().__init__(input_sizes(backbone))
-        self.encoder = backbone
         layers = Layers(spatial_dims, norm=norm, activation=activation)
+        super().__init__(
+            layers, in_channels, out_channels, encoder=encoder, width=width, output_stride=output_stride,
+            in_plane=in_plane,
+        )  # fmt: skip
         self.aspp = ASPP(
             layers,
-            backbone.channels[-1],
+            self.encoder.channels[-1],
             aspp_channels,
             rates=scaled_rates(rates, spatial_dims, output_stride=output_stride, in_plane=in_plane),
             separable=True,
             dropout=dropout,
             in_plane=in_plane,
         )
-        self.low_level = ConvBlock(layers, backbone.channels[LOW_LEVEL], low_level_channels, kernel_size=1)
+        self.low_level = ConvBlock(layers, self.encoder.channels[LOW_LEVEL], low_level_channels, kernel_size=1)
         self.decoder = nn.Sequential(
             SeparableConv(layers, low_level_channels + aspp_channels, aspp_channels),
             SeparableConv(layers, aspp_channels, aspp_channels),
         )
         self.head = layers.head(aspp_channels, out_channels)
-        for part in (self.aspp, self.low_level, self.decoder, self.head):  # the encoder has done so itself
+        for part in (self.aspp, self.low_level, self.decoder, self.head):
             initialize(part)
 
-    def outputs(self, x: Tensor) -> list[Tensor]:
-        features = self.encoder(x)
+    def classified(self, features: Sequence[Tensor]) -> Tensor:
         context = self.aspp(features[-1])  # (B, aspp_channels, I/16, …) with an output stride of 16
         low = self.low_level(features[LOW_LEVEL])  # (B, low_level_channels, I/4, …)
-        y = self.decoder(torch.cat([low, resize(context, low.shape[2:])], dim=1))
-        return [resize(self.head(y), x.shape[2:])]
+        return self.head(self.decoder(torch.cat([low, resize(context, low.shape[2:])], dim=1)))

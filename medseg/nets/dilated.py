@@ -1,18 +1,19 @@
-"""What PSPNet and the DeepLabs share: encoders that dilate instead of striding, and the auxiliary head."""
+"""What PSPNet and the DeepLabs share: an encoder that dilates instead of striding, and the auxiliary head."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from medseg.nets.blocks import ConvBlock, Layers
+from medseg.nets.blocks import ConvBlock, Layers, initialize, resize
 from medseg.nets.encoders.encoder import Encoder
 from medseg.nets.encoders.resnet import ResNet
 from medseg.nets.encoders.xception import Xception
-from medseg.nets.network import AxisSizes
+from medseg.nets.network import AxisSizes, SegmentationNetwork
 from medseg.registry import Registry
 
 DILATED_ENCODERS: Registry[Callable[..., Encoder]] = Registry(
@@ -32,9 +33,63 @@ AUXILIARY_WEIGHT = 0.4
 AUXILIARY_DROPOUT = 0.1
 
 
-def input_sizes(encoder: Encoder) -> list[AxisSizes]:
-    """For each axis the sizes that the encoder's strides divide."""
-    return [AxisSizes(stride, minimum=stride) for stride in encoder.strides[-1]]
+class DilatedNetwork(SegmentationNetwork):
+    """Classifies an encoder's features at its output stride, and brings the logits to the input's size.
+
+    A subclass says by `classified` how; it makes its own parts after calling this, and initializes them.
+
+    Args:
+        layers: What the layers agree on, in the encoder too.
+        in_channels: Channels of the image.
+        out_channels: Classes or regions.
+        encoder: Name in DILATED_ENCODERS.
+        width: Channels of the encoder's stem.
+        output_stride: 8, 16 or 32, of the encoder's last features.
+        in_plane: Whether strides, poolings and dilations leave the third axis alone.
+        deep_supervision: Whether training also scores the last features but one, by a head of its own.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        out_channels: int,
+        *,
+        encoder: str,
+        width: int,
+        output_stride: int,
+        in_plane: bool,
+        deep_supervision: bool = False,
+    ) -> None:
+        made = DILATED_ENCODERS[encoder](
+            layers.spatial_dims, in_channels, width=width, output_stride=output_stride, in_plane=in_plane,
+            norm=layers.norm, activation=layers.activation,
+        )  # fmt: skip
+        super().__init__(
+            [AxisSizes(stride, minimum=stride) for stride in made.strides[-1]],
+            extra_weights=[AUXILIARY_WEIGHT] if deep_supervision else [],
+        )
+        self.encoder = made
+        self.extra_heads = nn.ModuleList()
+        if deep_supervision:
+            self.extra_heads.append(_auxiliary_head(layers, made.channels[-2], out_channels))
+
+    @abstractmethod
+    def classified(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits (B, R, …) from the encoder's features, finest first, at any resolution."""
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        features = self.encoder(x)
+        extra = [head(features[-2]) for head in self.extra_heads] if self.training else []
+        return [resize(self.classified(features), x.shape[2:]), *extra]
+
+
+def _auxiliary_head(layers: Layers, channels: int, out_channels: int) -> nn.Module:
+    narrow = max(1, channels // 4)
+    block = ConvBlock(replace(layers, dropout=AUXILIARY_DROPOUT), channels, narrow)
+    head = nn.Sequential(block, layers.head(narrow, out_channels))
+    initialize(head)
+    return head
 
 
 def scaled_rates(
@@ -47,10 +102,3 @@ def scaled_rates(
     if rates is None:
         rates = (6, 12, 18) if spatial_dims == 2 or in_plane else (1, 2, 3)
     return [max(1, rate * 16 // output_stride) for rate in rates]
-
-
-def auxiliary_head(layers: Layers, encoder: Encoder, out_channels: int) -> nn.Module:
-    """Logits from the last feature but one, for training alone."""
-    channels = encoder.channels[-2]
-    block = ConvBlock(replace(layers, dropout=AUXILIARY_DROPOUT), channels, max(1, channels // 4))
-    return nn.Sequential(block, layers.head(max(1, channels // 4), out_channels))

@@ -30,6 +30,15 @@ class AxisSizes:
     offset: int = 0
     margin: int = 0
 
+    @classmethod
+    def of_strides(cls, strides: Sequence[Sequence[int]]) -> list[AxisSizes]:
+        """For each axis the sizes that all strides together divide.
+
+        Args:
+            strides: Between one level and the next, an entry an axis.
+        """
+        return [cls(multiple, minimum=multiple) for multiple in map(math.prod, zip(*strides, strict=True))]
+
     def padded(self, size: int) -> int:
         """The smallest size that the network computes on and that holds `size`."""
         return self.offset + math.ceil((size - self.offset) / self.multiple) * self.multiple

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medseg.nets.blocks import (
     ConvBlock,
     ConvStage,
     Layers,
     PerAxis,
-    TransposedConv,
-    initialize,
     per_axis,
     per_level,
     projection,
 )
 from medseg.nets.gates import SqueezeExcitation
-from medseg.nets.network import AxisSizes, SegmentationNetwork
+from medseg.nets.network import AxisSizes
+from medseg.nets.u_shape import Decoder, UShaped
 
 
-class ResidualEncoderUNet(SegmentationNetwork):
+class ResidualEncoderUNet(UShaped):
     """nnU-Net's ResEnc: a U-Net with a deep residual encoder and a light decoder.
 
     Most of its layers lie in the encoder, at low resolution, where they cost little; each pair of
@@ -86,12 +83,6 @@ class ResidualEncoderUNet(SegmentationNetwork):
         up_convs = per_level("decoder_convs_per_stage", decoder_convs_per_stage, depth)
         if min(num_blocks) < 1:
             raise ValueError(f"blocks_per_stage {num_blocks}; a stage has at least 1")
-        num_extra = max(0, depth - 2) if deep_supervision else 0
-        multiples = [math.prod(axis) for axis in zip(*steps, strict=True)]
-        super().__init__(
-            [AxisSizes(multiple, minimum=multiple) for multiple in multiples],
-            extra_weights=[0.5**n for n in range(1, num_extra + 1)],
-        )
         layers = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout, bias=bias)
 
         def stage(n: int) -> nn.Sequential:
@@ -104,31 +95,17 @@ class ResidualEncoderUNet(SegmentationNetwork):
                     block.blocks.append(SqueezeExcitation(layers, channels[n]))
             return nn.Sequential(*blocks)
 
-        self.stem = ConvBlock(layers, in_channels, channels[0], kernel_size=kernels[0])
-        self.encoder = nn.ModuleList(stage(n) for n in range(depth + 1))
-        self.ups = nn.ModuleList()  # these and the decoder in the order of the levels, finest first
-        self.decoder = nn.ModuleList()
-        for n, width in enumerate(channels[:-1]):
-            self.ups.append(TransposedConv(layers, channels[n + 1], width, stride=steps[n]))
-            self.decoder.append(ConvStage(layers, 2 * width, width, num_convs=up_convs[n], kernel_size=kernels[n]))
-        self.head = layers.head(channels[0], out_channels)
-        self.extra_heads = nn.ModuleList(layers.head(channels[n], out_channels) for n in range(1, num_extra + 1))
-        initialize(self)
-
-    def outputs(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        skips: list[Tensor] = []
-        for stage in self.encoder:
-            x = stage(x)  # (B, channels[n], I / 2^n, …) with strides of 2
-            skips.append(x)
-        skips.pop()
-        heads = [self.head, *self.extra_heads] if self.training else [self.head]
-        outputs = []
-        for n in reversed(range(len(self.decoder))):
-            x = self.decoder[n](torch.cat([skips.pop(), self.ups[n](x)], dim=1))
-            if n < len(heads):
-                outputs.append(heads[n](x))
-        return outputs[::-1]
+        stem = ConvBlock(layers, in_channels, channels[0], kernel_size=kernels[0])
+        encoder = [nn.Sequential(stem, stage(0)), *(stage(n) for n in range(1, depth + 1))]
+        decoder = Decoder(layers, channels, strides=steps, kernel_sizes=kernels, convs_per_stage=up_convs)
+        super().__init__(
+            AxisSizes.of_strides(steps),
+            layers,
+            out_channels,
+            encoder=encoder,
+            decoder=decoder,
+            deep_supervision=deep_supervision,
+        )
 
 
 def residual_block(

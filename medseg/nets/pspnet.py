@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from medseg.nets.blocks import ConvBlock, Layers, initialize, resize
-from medseg.nets.dilated import AUXILIARY_WEIGHT, DILATED_ENCODERS, auxiliary_head, input_sizes
-from medseg.nets.network import SegmentationNetwork
+from medseg.nets.blocks import ConvBlock, Layers, initialize
+from medseg.nets.dilated import DilatedNetwork
 from medseg.nets.pyramids import PyramidPooling
 
 
-class PSPNet(SegmentationNetwork):
+class PSPNet(DilatedNetwork):
     """PSPNet: each voxel is classified together with averages over the whole image, its halves, thirds and sixths.
 
     Takes any size from `min_size` (the output stride, 8 by default) up; multiples of it need no padding. By
@@ -56,25 +55,19 @@ class PSPNet(SegmentationNetwork):
         dropout: float = 0.1,
         deep_supervision: bool = False,
     ) -> None:
-        backbone = DILATED_ENCODERS[encoder](
-            spatial_dims, in_channels, width=width, output_stride=output_stride, in_plane=in_plane, norm=norm,
-            activation=activation,
-        )  # fmt: skip
-        super().__init__(input_sizes(backbone), extra_weights=[AUXILIARY_WEIGHT] if deep_supervision else [])
-        self.encoder = backbone
         layers = Layers(spatial_dims, norm=norm, activation=activation)
-        channels = backbone.channels[-1]
+        super().__init__(
+            layers, in_channels, out_channels, encoder=encoder, width=width, output_stride=output_stride,
+            in_plane=in_plane, deep_supervision=deep_supervision,
+        )  # fmt: skip
+        channels = self.encoder.channels[-1]
         share = max(1, channels // len(bins))
         self.pyramid = PyramidPooling(layers, channels, share, bins=bins, in_plane=in_plane)
         narrow = max(1, channels // 4)
         self.merge = ConvBlock(replace(layers, dropout=dropout), channels + len(bins) * share, narrow)
         self.head = layers.head(narrow, out_channels)
-        self.extra_heads = nn.ModuleList([auxiliary_head(layers, backbone, out_channels)] if deep_supervision else [])
-        for part in (self.pyramid, self.merge, self.head, self.extra_heads):  # the encoder has done so itself
+        for part in (self.pyramid, self.merge, self.head):
             initialize(part)
 
-    def outputs(self, x: Tensor) -> list[Tensor]:
-        features = self.encoder(x)
-        y = self.merge(self.pyramid(features[-1]))  # (B, channels / 4, I/8, …) with an output stride of 8
-        extra = [head(features[-2]) for head in self.extra_heads] if self.training else []
-        return [resize(self.head(y), x.shape[2:]), *extra]
+    def classified(self, features: Sequence[Tensor]) -> Tensor:
+        return self.head(self.merge(self.pyramid(features[-1])))  # (B, R, I/8, …) with an output stride of 8

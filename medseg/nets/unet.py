@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medseg.nets.blocks import (
     ConvStage,
@@ -16,16 +15,15 @@ from medseg.nets.blocks import (
     Padding,
     PerAxis,
     TransposedConv,
-    crop_center,
-    initialize,
     per_axis,
     per_level,
     projection,
 )
-from medseg.nets.network import AxisSizes, SegmentationNetwork
+from medseg.nets.network import AxisSizes
+from medseg.nets.u_shape import Decoder, UShaped
 
 
-class UNet(SegmentationNetwork):
+class UNet(UShaped):
     """U-Net: an encoder that halves the resolution, a decoder that restores it, skips between equals.
 
     Takes any size from `min_size` (the product of the strides, 16 by default) up; multiples of it need no
@@ -98,14 +96,9 @@ class UNet(SegmentationNetwork):
         up_convs = convs[:-1]
         if decoder_convs_per_stage is not None:
             up_convs = per_level("decoder_convs_per_stage", decoder_convs_per_stage, depth)
-        num_extra = max(0, depth - 2) if deep_supervision else 0
-        super().__init__(
-            _input_sizes(steps, kernels, convs, up_convs, padding),
-            extra_weights=[0.5**n for n in range(1, num_extra + 1)],
-        )
 
         layers = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout, bias=bias, padding=padding)
-        self.encoder = nn.ModuleList()
+        encoder: list[nn.Module] = []
         for n, width in enumerate(channels):
             narrow = channels[n - 1] if n else in_channels
             step = steps[n - 1] if n else (1,) * spatial_dims
@@ -115,34 +108,20 @@ class UNet(SegmentationNetwork):
             stage = ConvStage(
                 layers, narrow, width, num_convs=convs[n], kernel_size=kernels[n], stride=stride, shortcut=shortcut
             )
-            self.encoder.append(nn.Sequential(layers.max_pool(step), stage) if pooled else stage)
+            encoder.append(nn.Sequential(layers.max_pool(step), stage) if pooled else stage)
 
-        make_up = TransposedConv if upsample == "transposed" else Interpolation
-        self.ups = nn.ModuleList()  # these and the decoder in the order of the levels, finest first
-        self.decoder = nn.ModuleList()
-        for n in range(depth):
-            width = channels[n]
-            self.ups.append(make_up(layers, channels[n + 1], width, stride=steps[n]))
-            self.decoder.append(ConvStage(layers, 2 * width, width, num_convs=up_convs[n], kernel_size=kernels[n]))
-        self.head = layers.head(channels[0], out_channels)
-        self.extra_heads = nn.ModuleList(layers.head(channels[n], out_channels) for n in range(1, num_extra + 1))
-        initialize(self)
-
-    def outputs(self, x: Tensor) -> list[Tensor]:
-        skips: list[Tensor] = []
-        for stage in self.encoder:
-            x = stage(x)  # (B, channels[n], I / 2^n, …) with strides of 2
-            skips.append(x)
-        skips.pop()
-        heads = [self.head, *self.extra_heads] if self.training else [self.head]
-        outputs = []
-        for n in reversed(range(len(self.decoder))):
-            x = self.ups[n](x)
-            skip = crop_center(skips.pop(), x.shape[2:])  # larger than x only with valid convolutions
-            x = self.decoder[n](torch.cat([skip, x], dim=1))
-            if n < len(heads):
-                outputs.append(heads[n](x))
-        return outputs[::-1]
+        decoder = Decoder(
+            layers,
+            channels,
+            strides=steps,
+            kernel_sizes=kernels,
+            convs_per_stage=up_convs,
+            make_up=TransposedConv if upsample == "transposed" else Interpolation,
+        )
+        sizes = _input_sizes(steps, kernels, convs, up_convs, padding)
+        super().__init__(
+            sizes, layers, out_channels, encoder=encoder, decoder=decoder, deep_supervision=deep_supervision
+        )
 
 
 def _input_sizes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -79,10 +78,7 @@ class UNetPlusPlus(SegmentationNetwork):
         kernels = per_level("kernel_sizes", kernel_sizes, depth + 1)
         convs = per_level("convs_per_stage", convs_per_stage, depth + 1)
         num_extra = depth - 1 if deep_supervision or pruned_at is not None else 0
-        multiples = [math.prod(axis) for axis in zip(*steps, strict=True)]
-        super().__init__(
-            [AxisSizes(multiple, minimum=multiple) for multiple in multiples], extra_weights=[1.0] * num_extra
-        )
+        super().__init__(AxisSizes.of_strides(steps), extra_weights=[1.0] * num_extra)
         self.depth = depth
         self.pruned_at = pruned_at
         layers = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout, bias=bias)

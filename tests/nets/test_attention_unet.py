@@ -44,21 +44,23 @@ def test_with_open_gates_it_computes_what_a_u_net_does() -> None:
     torch.manual_seed(0)
     network = AttentionUNet(2, 1, 2, channels=(4, 8, 8)).eval()
     plain = UNet(2, 1, 2, channels=(4, 8, 8), downsample="maxpool").eval()
-    plain.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("gates.")})
+    plain.load_state_dict(
+        {name: w for name, w in network.state_dict().items() if not name.startswith("decoder.gates.")}
+    )
     x = torch.randn(1, 1, 16, 12)
     assert not torch.allclose(network(x), plain(x))
-    nn.init.constant_(network.gates[1].weigh.bias, 1000.0)
+    nn.init.constant_(network.decoder.gates[1].weigh.bias, 1000.0)
     torch.testing.assert_close(network(x), plain(x))
 
 
 def test_closed_gates_leave_only_the_finest_skip() -> None:
     network = AttentionUNet(2, 1, 1, channels=(2, 4, 4, 4), norm="none").eval()
-    for gate in list(network.gates)[1:]:
+    for gate in list(network.decoder.gates)[1:]:
         nn.init.constant_(gate.weigh.bias, -1000.0)
     skips: dict[int, torch.Tensor] = {}
     for n, stage in enumerate(network.encoder):
         stage.register_forward_hook(lambda _m, _i, out, n=n: out.retain_grad() or skips.__setitem__(n, out))
-    for up in network.ups:  # cuts the way through the coarser levels, so that only skips carry a gradient
+    for up in network.decoder.ups:  # cuts the way through the coarser levels, so that only skips carry a gradient
         nn.init.zeros_(up[0].weight)
     network(torch.randn(1, 1, 16, 16)).sum().backward()
     assert skips[0].grad.abs().sum() > 0

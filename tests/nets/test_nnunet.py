@@ -75,7 +75,7 @@ def test_strides_may_differ_by_axis() -> None:
     ).eval()
     assert network.min_size == (4, 4, 2)
     assert network(torch.zeros(1, 1, 9, 8, 3)).shape == (1, 2, 9, 8, 3)
-    assert network.stem.conv.weight.shape[2:] == (3, 3, 1)
+    assert network.encoder[0][0].conv.weight.shape[2:] == (3, 3, 1)
 
 
 @pytest.mark.parametrize(
