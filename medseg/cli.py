@@ -131,6 +131,9 @@ def predict(
         float | None, typer.Option(help="Share of a window the next one covers.  [default: the model's]")
     ] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs.")] = False,
+    prune: Annotated[
+        int | None, typer.Option(metavar="LEVEL", min=1, help="Stop a UNet++ at this level, which is faster.")
+    ] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write the probabilities too.")] = False,
     device: Device = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Threads that read scans ahead.")] = 0,
@@ -154,6 +157,7 @@ def predict(
             split=split,
             overlap=overlap,
             tta=tta,
+            prune=prune,
             probabilities=probabilities,
             device=device,
             workers=workers,

@@ -55,11 +55,19 @@ def override(plain: dict[str, Any], positions: Positions, assignment: str) -> No
         if not isinstance(section.get(parent), dict):
             _open_section(section, positions, tuple(parents[:depth]))
         section = section[parent]
+    if last == "name" and value != section.get("name"):
+        _drop_arguments(section, positions, tuple(parents))
     section[last] = value
     path = (*parents, last)
     for known in [known for known in positions if known[: len(path)] == path]:
         del positions[known]
     positions[path] = SET
+
+
+def _drop_arguments(section: dict[str, Any], positions: Positions, at: FieldPath) -> None:
+    """Another part than the file's has arguments of its own; those that were set on the command line stay."""
+    if isinstance(section.get("args"), dict):
+        section["args"] = {k: v for k, v in section["args"].items() if positions.get((*at, "args", k)) == SET}
 
 
 def _open_section(section: dict[str, Any], positions: Positions, at: tuple[str, ...]) -> None:

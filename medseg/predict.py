@@ -40,6 +40,7 @@ def predict(
     split: str | None = None,
     overlap: float | None = None,
     tta: bool = False,
+    prune: int | None = None,
     probabilities: bool = False,
     device: str = "auto",
     workers: int = 0,
@@ -60,6 +61,7 @@ def predict(
             where it has none.
         overlap: Share of a window that the next one covers again, instead of the model's.
         tta: Average over mirrored copies along all axes.
+        prune: Stop a UNet++ that was trained with deep supervision at this level, which is faster.
         probabilities: Write the network's probabilities too.
         device: ``auto``, ``cpu`` or ``cuda``.
         workers: Threads that read scans ahead.
@@ -89,7 +91,7 @@ def predict(
         _check_nothing_there(files)
     todo = [case for case in cases if force or case.id not in complete]
     jobs = [_Job(case, files[case.id]) for case in todo]
-    segmenting = _Segmenting(model, device, overlap, tta, tracking_uri, format, workers, any_modality=force)
+    segmenting = _Segmenting(model, device, overlap, tta, prune, tracking_uri, format, workers, any_modality=force)
     result: Result = {"done": [], "failed": [], "skipped": [case.id for case in cases if case not in todo]}
     if dry_run:
         segmenting.segmenter()
@@ -133,6 +135,7 @@ class _Segmenting:
     device: str
     overlap: float | None
     tta: bool
+    prune: int | None
     tracking_uri: str | None
     format: str
     workers: int
@@ -147,7 +150,12 @@ class _Segmenting:
         from medseg.build.model import predictor  # torch takes a while to import, and the work may be another process's
 
         made = predictor(
-            self.model, device=self.device, overlap=self.overlap, tta=self.tta, tracking_uri=self.tracking_uri
+            self.model,
+            device=self.device,
+            overlap=self.overlap,
+            tta=self.tta,
+            pruned_at=self.prune,
+            tracking_uri=self.tracking_uri,
         )
         if self.format == "png" and made.spec.spatial_dims == 3:
             raise WorkflowError("E-ARGUMENT", "a PNG holds no volume, which this model predicts", where="--format")

@@ -257,6 +257,11 @@ def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
             loss = trainer.train_step([trainer.fabric.to_device(batch)])
             seconds.append(time.monotonic() - asked)
             asked = time.monotonic()
+    if not math.isfinite(loss):
+        message = (
+            "the loss of the rehearsal is NaN or infinite: try train.precision=fp32, or a lower train.optimizer.lr"
+        )
+        raise TrainingError("E-NAN-LOSS", message)
     assert isinstance(trainer.validate, Validator)
     trainer.trained.eval()
     trainer.validate.predict(trainer.trained, data.validation[0])

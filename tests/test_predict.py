@@ -11,7 +11,7 @@ import torch
 
 from medseg.build.model import predictor
 from medseg.data.volume_io import read_label, read_volume, write_volume
-from medseg.errors import MedsegError, Problems, WorkflowError
+from medseg.errors import MedsegError, ModelError, Problems, WorkflowError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
 from medseg.model import Intensity, ModelSpec, Preprocessing, Window, load_model, save_model
@@ -267,6 +267,32 @@ def changed(model: str, folder, **changes) -> str:
     spec, weights = load_model(Path(model) / "model")
     save_model(folder / "model", replace(spec, **changes), weights)
     return str(folder)
+
+
+def test_a_unet_plus_plus_trained_with_deep_supervision_can_be_stopped_early(model, scans, tmp_path):
+    entry = NETS["unet_plus_plus"]
+    torch.manual_seed(0)
+    network = entry.network(3, 1, 2, **entry.tiny, deep_supervision=True)
+    spec, _ = load_model(Path(model) / "model")
+    nested = tmp_path / "nested"
+    save_model(nested, replace(spec, network="unet_plus_plus", network_args=entry.tiny), network.state_dict())
+    segmented = {}
+    for level in (None, 1):
+        out = tmp_path / f"level_{level}"
+        predict(str(nested), [scans], output=out, prune=level, probabilities=True)
+        segmented[level] = read_volume(out / "case_0_probabilities.nii.gz").array
+    pruned = (
+        predictor(str(nested), pruned_at=1).segment([scans / "case_0.nii.gz"], with_probabilities=True).probabilities
+    )
+    np.testing.assert_allclose(segmented[1], pruned.array, atol=1e-3)
+    assert np.abs(segmented[1] - segmented[None]).max() > 0.01
+    with pytest.raises(WorkflowError, match="pruned_at is 9; it must be from 1 to"):
+        predict(str(nested), [scans], output=tmp_path / "out", prune=9)
+
+
+def test_a_network_that_was_not_trained_for_it_cannot_be_stopped_early(model, scans, tmp_path):
+    with pytest.raises(ModelError, match=r"E-PRUNE .*not trained to be stopped early"):
+        predict(model, [scans], output=tmp_path / "out", prune=1)
 
 
 def series(write_slice, folder: str, modality: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,11 @@ def network(spec: ModelSpec, *, deep_supervision: bool = False) -> nn.Module:
     """The network of a model, untrained; a 2D network comes wrapped for volumes."""
     entry = NETS[spec.network]
     check_arguments(f"network {spec.network!r}", entry.network, spec.network_args, NETWORK_PARAMETERS)
+    if spec.spatial_dims == 2 and spec.network_args.get("in_plane"):
+        message = (
+            f"network {spec.network!r}: in_plane is for thick slices of volumes; a 2D network has no axis across them"
+        )
+        raise WorkflowError("E-ARGUMENT", message)
     window = spec.window
     extra = {"deep_supervision": True} if deep_supervision else {}
     channels = len(spec.channels) * (1 if spec.spatial_dims == 3 else 1 + 2 * window.context_slices)
@@ -98,6 +104,7 @@ def predictor(
     device: str = "auto",
     overlap: float | None = None,
     tta: bool = False,
+    pruned_at: int | None = None,
     tracking_uri: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
     precision: Precision = "auto",
@@ -109,11 +116,17 @@ def predictor(
         device: ``auto``, ``cpu`` or ``cuda``.
         overlap: Instead of the model's own.
         tta: Mirror along all axes.
+        pruned_at: The level at which a UNet++ stops.
         tracking_uri: Where to look for run ids.
         weights: Instead of the stored ones.
         precision: ``auto``, ``fp32`` or ``bf16``.
+
+    Raises:
+        ModelError: If the model cannot be found or read, or was not trained to be pruned.
     """
     spec, stored = load_model(find_model(model, tracking_uri))
+    if pruned_at is not None:
+        spec = _pruned(spec, stored, pruned_at, model)
     window = spec.window
     if overlap is not None:
         window = replace(window, overlap=overlap)
@@ -123,6 +136,18 @@ def predictor(
     net = network(spec)
     _load(net, weights or stored, model)
     return Predictor(replace(spec, window=window), net, device=Hardware(device).accelerator, precision=precision)
+
+
+def _pruned(spec: ModelSpec, weights: Mapping[str, Tensor], level: int, model: str) -> ModelSpec:
+    prunable = "pruned_at" in inspect.signature(NETS[spec.network].network).parameters
+    if not (prunable and any("extra_heads." in name for name in weights)):
+        raise ModelError(
+            "E-PRUNE",
+            f"this {spec.network} was not trained to be stopped early; a unet_plus_plus with "
+            "train.deep_supervision: true is",
+            where=model,
+        )
+    return replace(spec, network_args={**spec.network_args, "pruned_at": level})
 
 
 def _load(net: nn.Module, weights: Mapping[str, Tensor], model: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medseg.nets.convolution import conv_class
 from medseg.registry import Registry
 
 T = TypeVar("T")
@@ -96,8 +97,7 @@ class Layers:
             padding = [max(0, (span - s + 1) // 2) for span, s in zip(spans, strides, strict=True)]
             if any(p and 2 * p >= span for p, span in zip(padding, spans, strict=True)):
                 raise ValueError(f"kernel_size {kernel} cannot keep the size at stride {strides}; use odd kernels")
-        conv: Any = nn.Conv2d if self.spatial_dims == 2 else nn.Conv3d
-        return conv(
+        return conv_class(self.spatial_dims)(
             in_channels, out_channels, kernel,
             stride=strides, padding=tuple(padding), dilation=dilations, groups=groups, bias=bias,
         )  # fmt: skip

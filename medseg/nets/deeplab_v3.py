@@ -17,8 +17,9 @@ class DeepLabV3(DilatedNetwork):
     Takes any size from `min_size` (the output stride, 8 by default) up; multiples of it need no padding. By
     default 91,772,226 parameters in 3D and 39,627,714 in 2D (one channel in, two out).
 
-    Departs from the paper: the blocks of a stage share one dilation (no multi-grid), as in torchvision; the
-    average over the image is normalized over channels where the rest is not batch-normalized.
+    Departs from the paper as torchvision does: the blocks of a stage share one dilation (no multi-grid), and a 3 × 3
+    convolution follows the pyramid. The average over the image is normalized over channels, unless ``norm="batch"``,
+    which is the paper's, is asked for.
 
     Args:
         spatial_dims: 2 or 3.

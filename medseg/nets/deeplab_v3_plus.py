@@ -22,7 +22,7 @@ class DeepLabV3Plus(DilatedNetwork):
     default 49,445,554 parameters in 3D and 26,671,570 in 2D (one channel in, two out).
 
     Departs from the paper: separable convolutions have no norm between their halves but in Xception; the average
-    over the image is normalized over channels where the rest is not batch-normalized.
+    over the image is normalized over channels, unless ``norm="batch"``, which is the paper's, is asked for.
 
     Args:
         spatial_dims: 2 or 3.

@@ -66,7 +66,7 @@ class DilatedNetwork(SegmentationNetwork):
             norm=layers.norm, activation=layers.activation,
         )  # fmt: skip
         super().__init__(
-            [AxisSizes(stride, minimum=stride) for stride in made.strides[-1]],
+            AxisSizes.of_strides([made.strides[-1]]),
             extra_weights=[AUXILIARY_WEIGHT] if deep_supervision else [],
         )
         self.encoder = made

@@ -83,7 +83,7 @@ class FCN(SegmentationNetwork):
             raise ValueError(f"output_stride is {output_stride}; it must be one of {', '.join(map(str, strides))}")
         if upsample not in ("transposed", "interpolate"):
             raise ValueError(f"upsample is {upsample!r}; it must be one of transposed, interpolate")
-        super().__init__([AxisSizes(stride, minimum=stride) for stride in encoder.strides[-1]])
+        super().__init__(AxisSizes.of_strides([encoder.strides[-1]]))
         layers = Layers(spatial_dims)
         self.encoder = encoder
         self.pool = layers.max_pool(plane_stride(2, spatial_dims, in_plane=in_plane))

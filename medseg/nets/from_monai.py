@@ -5,7 +5,6 @@ Their weights keep MONAI's names, after ``network.``. MONAI itself is imported w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.nets.blocks import Layers, PerAxis, per_axis, per_level
+from medseg.nets.convolution import with_exact_convolutions
 from medseg.nets.network import AxisSizes, SegmentationNetwork
 from medseg.nets.transformer import resize_positions, to_grid, to_tokens
 from medseg.registry import Registry
@@ -88,7 +88,7 @@ class DynUNet(SegmentationNetwork):
         kernels = [per_axis(k, spatial_dims) for k in per_level("kernel_sizes", kernel_sizes, depth + 1)]
         num_extra = depth - 2 if deep_supervision else 0
         super().__init__(
-            [_multiple_of(math.prod(axis)) for axis in zip(*steps, strict=True)],
+            AxisSizes.of_strides(steps),
             extra_weights=[0.5**n for n in range(1, num_extra + 1)],
         )
         self.network = MonaiDynUNet(
@@ -103,6 +103,7 @@ class DynUNet(SegmentationNetwork):
             norm_name=MONAI_NORMS[norm](spatial_dims, True),
             res_block=residual,
         )
+        with_exact_convolutions(self.network)
         del self.network.skip_layers  # all modules a second time; a file of weights would hold each twice
         layers = Layers(spatial_dims)
         self.extra_heads = nn.ModuleList(layers.head(channels[n], out_channels) for n in range(1, num_extra + 1))
@@ -159,7 +160,7 @@ class SegResNet(SegmentationNetwork):
         from monai.networks.nets.segresnet import SegResNet as MonaiSegResNet
 
         depth = len(blocks_down) - 1
-        super().__init__([_multiple_of(2**depth)] * spatial_dims)
+        super().__init__(AxisSizes.of_strides([(2**depth,) * spatial_dims]))
         self.network = MonaiSegResNet(
             spatial_dims,
             init_filters,
@@ -170,6 +171,7 @@ class SegResNet(SegmentationNetwork):
             blocks_down=tuple(blocks_down),
             blocks_up=per_level("blocks_up", blocks_up, depth),
         )
+        with_exact_convolutions(self.network)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         return [self.network(x)]
@@ -216,13 +218,17 @@ class SwinUNETR(SegmentationNetwork):
     ) -> None:
         from monai.networks.nets.swin_unetr import SwinUNETR as MonaiSwinUNETR
 
-        super().__init__([_multiple_of(32)] * spatial_dims)
+        heads = per_level("num_heads", num_heads, 4)
+        widths = [feature_size * 2**n for n in range(4)]
+        if any(width % number for width, number in zip(widths, heads, strict=True)):
+            raise ValueError(f"num_heads {heads}; they must divide the channels {widths} of their stages")
+        super().__init__(AxisSizes.of_strides([(32,) * spatial_dims]))
         with torch.device("cpu"):  # it reads numbers off tensors while it is made, which the meta device has not
             network = MonaiSwinUNETR(
                 in_channels,
                 out_channels,
                 depths=per_level("depths", depths, 4),
-                num_heads=per_level("num_heads", num_heads, 4),
+                num_heads=heads,
                 window_size=per_axis(window_size, spatial_dims),
                 feature_size=feature_size,
                 norm_name=MONAI_NORMS[norm](spatial_dims, False),
@@ -231,7 +237,7 @@ class SwinUNETR(SegmentationNetwork):
                 spatial_dims=spatial_dims,
                 use_v2=use_v2,
             )
-        self.network = network.to(torch.get_default_device())
+        self.network = with_exact_convolutions(network.to(torch.get_default_device()))
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         return [self.network(x)]
@@ -278,7 +284,7 @@ class UNETR(SegmentationNetwork):
     ) -> None:
         from monai.networks.nets.unetr import UNETR as MonaiUNETR  # noqa: N811
 
-        super().__init__([_multiple_of(16)] * spatial_dims)
+        super().__init__(AxisSizes.of_strides([(16,) * spatial_dims]))
         self.network = MonaiUNETR(
             in_channels,
             out_channels,
@@ -291,6 +297,7 @@ class UNETR(SegmentationNetwork):
             dropout_rate=dropout,
             spatial_dims=spatial_dims,
         )
+        with_exact_convolutions(self.network)
         for layer in self.network.vit.blocks:
             layer.norm_cross_attn = nn.Identity()  # weights that nothing uses, and so nothing trains
 
@@ -354,7 +361,9 @@ class MedNeXt(SegmentationNetwork):
             raise ValueError(f"kernel_size is {kernel_size}; it must be odd")
         expansion, blocks = MEDNEXT_SIZES[size]
         num_extra = 4 if deep_supervision else 0
-        super().__init__([_multiple_of(16)] * spatial_dims, extra_weights=[0.5**n for n in range(1, num_extra + 1)])
+        super().__init__(
+            AxisSizes.of_strides([(16,) * spatial_dims]), extra_weights=[0.5**n for n in range(1, num_extra + 1)]
+        )
         self.network = MonaiMedNeXt(
             spatial_dims,
             init_filters,
@@ -369,6 +378,7 @@ class MedNeXt(SegmentationNetwork):
             blocks_up=blocks[::-1],
             use_residual_connection=True,
         )
+        with_exact_convolutions(self.network)
         layers = Layers(spatial_dims)
         self.extra_heads = nn.ModuleList(
             layers.head(init_filters * 2**n, out_channels) for n in range(1, num_extra + 1)
@@ -389,7 +399,3 @@ class MedNeXt(SegmentationNetwork):
             levels.append(x)
         heads = [net.out_0, *self.extra_heads] if self.training else [net.out_0]
         return [head(level) for head, level in zip(heads, reversed(levels), strict=False)]
-
-
-def _multiple_of(stride: int) -> AxisSizes:
-    return AxisSizes(stride, minimum=stride)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,25 +16,26 @@ Result = Mapping[str, Any]
 
 def nets_table(result: Mapping[str, Result]) -> Table:
     """What `describe` says of several networks: a row each."""
+    dims = list(dict.fromkeys(key for entry in result.values() for key in entry["parameters"]))
     table = Table(
         Column("name", no_wrap=True, style="bold"),
-        Column("network, paper", overflow="fold"),
-        Column("parameters\n2D", justify="right", no_wrap=True),
-        Column("\n3D", justify="right", no_wrap=True),
-        Column("least input\n2D, 3D", no_wrap=True),
-        Column("good for", overflow="fold"),
+        "network",
+        Column(f"parameters\n{', '.join(dims).upper()}", justify="right"),
+        Column("least\ninput"),
+        "good for",
         box=None,
         pad_edge=False,
-        caption="medseg nets NAME tells arguments and structure; parameters are those of the defaults",
+        caption="medseg nets NAME tells paper, arguments and structure; parameters are those of the defaults",
         caption_justify="left",
     )
     for name, entry in result.items():
-        parameters, least = entry["parameters"], entry["min_size"]
+        authors, year = entry["paper"].split(",")[0].rsplit(" ", 1)
+        parameters, least = entry["parameters"], {max(size) for size in entry["min_size"].values()}
         table.add_row(
             name,
-            f"{entry['title']}, {entry['paper'].split(',')[0]}",
-            *(millions(parameters[key]) if key in parameters else "–" for key in ("2d", "3d")),
-            "\n".join(_times(size) for size in least.values()),
+            f"{entry['title']}, {authors.split()[0]} {year}",
+            "\n".join(millions(parameters[key]) if key in parameters else "–" for key in dims),
+            ", ".join(map(str, sorted(least))),
             entry["good_for"],
         )
     return table
@@ -43,7 +45,7 @@ def net_page(result: Result) -> RenderableType:
     """What `explain` says of one network."""
     arguments = Table("argument", "default", Column("", overflow="fold"), box=None, pad_edge=False)
     for argument in result["arguments"]:
-        arguments.add_row(argument["name"], _default(argument["default"]), argument["meaning"])
+        arguments.add_row(argument["name"], _default(argument["default"]), _flowing(argument["meaning"]))
     parts = Table(
         "part", "kind", Column("parameters", justify="right"), Column("gives", no_wrap=True), box=None, pad_edge=False
     )
@@ -53,12 +55,17 @@ def net_page(result: Result) -> RenderableType:
     least = ", ".join(f"{_times(size)} in {key.upper()}" for key, size in result["min_size"].items())
     return Group(
         Text(f"{result['title']}: {result['paper']}", style="bold"),
-        Padding(result["about"], (1, 0)),
+        Padding(_flowing(result["about"]), (1, 0)),
         f"parameters   {counted} (one channel in, two classes out)",
         f"least input  {least}",
         Padding(arguments, (1, 0)),
         parts,
     )
+
+
+def _flowing(text: str) -> str:
+    """A docstring's paragraphs without the ends of its lines and the marks of its markup."""
+    return "\n\n".join(" ".join(part.split()) for part in text.replace("`", "").split("\n\n"))
 
 
 def millions(number: int) -> str:
@@ -71,4 +78,4 @@ def _times(size: Sequence[int]) -> str:
 
 
 def _default(value: Any) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    return json.dumps(value, default=str)  # as a workflow has it

@@ -35,7 +35,7 @@ class AxisSizes:
         """For each axis the sizes that all strides together divide.
 
         Args:
-            strides: Between one level and the next, an entry an axis.
+            strides: Between one level and the next, each with an entry an axis.
         """
         return [cls(multiple, minimum=multiple) for multiple in map(math.prod, zip(*strides, strict=True))]
 

@@ -19,7 +19,7 @@ class PSPNet(DilatedNetwork):
     default 106,978,626 parameters in 3D and 46,576,578 in 2D (one channel in, two out).
 
     Departs from the paper: ResNet's stem is one 7 × 7 convolution (He et al. 2016), not three of 3 × 3; the pooled
-    values are normalized over channels and bins where the others are not batch-normalized.
+    values are normalized over channels and bins, unless ``norm="batch"``, which is the paper's, is asked for.
 
     Args:
         spatial_dims: 2 or 3.

@@ -17,7 +17,7 @@ class SegFormer(SegmentationNetwork):
 
     The decoder brings all stages to one width and to the resolution of the finest, 1/4 of the image's,
     fuses them there and upsamples the logits 4×: what is thinner than that is lost, which ``strides=(2,
-    2, 2, 2)`` remedies at four times the cost in 2D and eight times in 3D.
+    2, 2, 2)`` remedies at more than four times the cost in 2D and eight times in 3D.
 
     Takes any size from `min_size` (the product of the strides, 32 by default) up, as it has no position
     embeddings; multiples of it need no padding. By default 6,268,642 parameters in 3D and 3,711,522 in 2D
@@ -78,7 +78,7 @@ class SegFormer(SegmentationNetwork):
             drop_path=drop_path,
             in_plane=in_plane,
         )
-        super().__init__([AxisSizes(stride, minimum=stride) for stride in encoder.strides[-1]])
+        super().__init__(AxisSizes.of_strides([encoder.strides[-1]]))
         self.encoder = encoder
         width = size.decoder_channels if decoder_channels is None else decoder_channels
         layers = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout)

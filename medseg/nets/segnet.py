@@ -62,7 +62,7 @@ class SegNet(SegmentationNetwork):
             activation=activation,
             in_plane=in_plane,
         )
-        super().__init__([AxisSizes(stride, minimum=stride) for stride in encoder.strides[-1]])
+        super().__init__(AxisSizes.of_strides([encoder.strides[-1]]))
         layers = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout)
         self.encoder = encoder
         self.stride = plane_stride(2, spatial_dims, in_plane=in_plane)

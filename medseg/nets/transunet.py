@@ -44,7 +44,8 @@ class TransUNet(SegmentationNetwork):
     is smaller by default, for patches of 64 to 96 voxels on one GPU or a CPU. Departs from the authors'
     code: the pooling of the ResNet keeps its features aligned with the image, where theirs loses the last
     voxel; shortcuts are normalized in groups of channels, as in the published weights; and upsampling
-    does not align corners. The paper starts from published weights of the encoder.
+    does not align corners. The paper starts from published weights of the encoder; in 3D
+    they fit with ``width=64, hidden_channels=768, num_layers=12``.
 
     Args:
         spatial_dims: 2 or 3.
@@ -113,7 +114,7 @@ class TransUNet(SegmentationNetwork):
             class_token=False,
             dropout=dropout,
         )
-        super().__init__([AxisSizes(stride, minimum=stride) for stride in encoder.strides[-1]])
+        super().__init__(AxisSizes.of_strides([encoder.strides[-1]]))
         self.encoder = encoder
         self.bottom = ConvBlock(layers, hidden, 2 * widths[0])
         self.decoder = nn.ModuleList()  # coarsest first; the last one has no skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +90,13 @@ def encoder_weights(encoder: Encoder, path: Path, *, inflation: Inflation = "cen
         if part & (wrong | missing):  # all of a classifier or nothing
             wrong, missing = wrong - part, missing - part
             fitted = {name: tensor for name, tensor in fitted.items() if name not in part}
+    if not published.keys() & own.keys():
+        theirs, ours = (_listed(names, 2) for names in (published, own))
+        raise WorkflowError(
+            "E-ENCODER-WEIGHTS",
+            f"is of another architecture: it holds {theirs}, where this {type(encoder).__name__} has {ours}",
+            where=str(path),
+        )
     if wrong or missing or unexpected:
         shapes = [f"{name} {tuple(published[name].shape)} → {own[name]}" for name in wrong]
         kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
@@ -108,7 +116,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         WorkflowError: If there is no such file, it is damaged, or it holds anything but tensors.
     """
     if not path.is_file():
-        raise WorkflowError("E-ENCODER-WEIGHTS", "there is no such file; download the weights first", where=str(path))
+        message = "is no file; download the weights first (a relative path counts from the workflow's folder)"
+        raise WorkflowError("E-ENCODER-WEIGHTS", message, where=str(path))
     try:
         content = (
             load_file(path)
@@ -116,7 +125,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except Exception as error:  # of a damaged file, torch raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WorkflowError(
             "E-ENCODER-WEIGHTS",
             f"cannot be read ({reason}); it is damaged, or holds more than tensors, which could run code and is not "
@@ -210,13 +219,15 @@ def _remedy(published: Mapping[str, Tensor], own: Mapping[str, Sequence[int]]) -
     with_batch_norm, is_batch_norm = (
         any(name.endswith("running_mean") for name in names) for names in (published, own)
     )
-    if with_batch_norm and not is_batch_norm:
-        return "the file is of a network with batch norm: set norm to batch"
-    if is_batch_norm and not with_batch_norm:
-        return "the file is of a network without batch norm: set norm to none, or take the file with it"
-    return "choose the file of this network, or the arguments (layers, channels, norm) of the network it is of"
+    widths = Counter(tensor.shape[0] for tensor in published.values() if tensor.dim() > 2)
+    if not widths - Counter(shape[0] for shape in own.values() if len(shape) > 2):  # the same but for the norm
+        if with_batch_norm and not is_batch_norm:
+            return "the file is of a network with batch norm: set norm to batch"
+        if is_batch_norm and not with_batch_norm:
+            return "the file is of a network without batch norm: set norm to none, or take the file with it"
+    return "choose the file of this network, or the arguments (encoder, layers, channels, norm) of the network it is of"
 
 
-def _listed(names: Collection[str]) -> str:
-    rest = len(names) - LISTED
-    return ", ".join(sorted(names)[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
+def _listed(names: Collection[str], most: int = LISTED) -> str:
+    rest = len(names) - most
+    return ", ".join(sorted(names)[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -13,9 +13,6 @@ from medseg.nets import NETS
 
 pytestmark = pytest.mark.slow
 
-OUTPUT_STRIDE = {"fcn": 2, "pspnet": 8, "deeplab_v3": 8, "deeplab_v3_plus": 4, "segformer": 4}
-"""Of the tiny configurations: how much coarser than the image the logits are before they are interpolated."""
-
 MAX_STEPS = 400
 LOOK_EVERY = 20
 ALL = [pytest.param(name, dims, id=f"{name}-{dims}d") for name, entry in NETS.items() for dims in entry.spatial_dims]
@@ -58,7 +55,7 @@ def test_it_learns_a_few_scans_by_heart(name: str, dims: int, record_property) -
     network = NETS[name].network(dims, 1, 3, **NETS[name].tiny)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     losses = [LOSSES["cross_entropy"](), LOSSES["dice"]()]
-    wanted = goal(truth, OUTPUT_STRIDE.get(name, 1))
+    wanted = goal(truth, NETS[name].tiny_stride)
     reached = []
     for step in range(1, MAX_STEPS + 1):
         logits = network.train()(image)

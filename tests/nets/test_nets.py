@@ -52,6 +52,19 @@ def test_logits_have_the_size_of_the_input_even_where_the_strides_do_not_divide_
 
 
 @for_all
+def test_the_seed_decides_weights_logits_and_gradients(name: str, dims: int) -> None:
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        network = tiny(name, dims).train()
+        logits = network(image(*[2 * n for n in network.min_size]))
+        logits.square().mean().backward()
+        found.append([logits, *network.state_dict().values(), *(weight.grad for weight in network.parameters())])
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+@for_all
 def test_every_weight_receives_a_finite_gradient(name: str, dims: int) -> None:
     network = tiny(name, dims).train()
     size = [2 * n for n in network.min_size]

@@ -154,6 +154,8 @@ def test_an_encoder_with_loaded_weights_sees_a_picture_as_the_published_one_does
     for class_token in (True, False):
         torch.manual_seed(0)
         published = encoder(2, 32, class_token=class_token)  # run on rows and columns
+        if hybrid:
+            published.patch_embed.backbone.stem.conv.standardize = True  # as timm's does at each call
         torch.save(published.state_dict(), tmp_path / "vit.pth")
         expected = [feature.transpose(2, 3) for feature in published(picture)]
         flat, deep = encoder(2, 32, class_token=class_token), encoder(3, (32, 32, 2), class_token=class_token)
@@ -163,6 +165,23 @@ def test_an_encoder_with_loaded_weights_sees_a_picture_as_the_published_one_does
     stack = deep(as_volume[..., None].expand(-1, -1, -1, -1, 3))  # a class token would weigh less among more patches
     for feature, found in zip(expected, stack, strict=True):
         torch.testing.assert_close(found, feature[..., None].expand_as(found), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_channels", [1, 2, 4, 6])
+def test_a_gray_image_gives_what_it_gave_in_color_whatever_its_channels(in_channels: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    published = ResNetV2(2, 3, blocks=(1,)).eval()
+    published.stem.conv.standardize = True
+    with torch.no_grad():  # filters that see color alone, or nearly: standardized again they would become loud
+        published.stem.conv.weight[::2, 1] = -published.stem.conv.weight[::2, 0]
+        published.stem.conv.weight[::2, 2] = 0.01 * torch.randn(32, 7, 7)
+    torch.save({f"patch_embed.backbone.{name}": w for name, w in published.state_dict().items()}, tmp_path / "r50.pth")
+    loaded = ResNetV2(2, in_channels, blocks=(1,)).eval()
+    load_encoder_weights(loaded, tmp_path / "r50.pth")
+    gray = torch.randn(1, 1, 32, 40)
+    wanted = [feature.transpose(2, 3) for feature in published(gray.transpose(2, 3).expand(-1, 3, -1, -1))]
+    for found, feature in zip(loaded(gray.expand(-1, in_channels, -1, -1)), wanted, strict=True):
+        torch.testing.assert_close(found, feature, rtol=1e-3, atol=2e-3)
 
 
 def test_features_are_taken_after_the_layers_that_were_asked_for() -> None:

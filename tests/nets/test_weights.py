@@ -417,7 +417,7 @@ def test_a_classifier_of_another_size_starts_random_and_is_named(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file"),
+        (None, "is no file"),
         (b"", "cannot be read"),
         (b"<html>404: not found</html>", "cannot be read"),
         ("truncated", "cannot be read"),

@@ -6,10 +6,10 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
+from medseg.nets.convolution import conv_class
 from medseg.nets.encoders.encoder import Encoder, plane_stride
 from medseg.nets.transformer import (
     LAYER_NORM_EPS,
@@ -142,7 +142,7 @@ class OverlapPatchEmbedding(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int, stride: Sequence[int]) -> None:
         super().__init__()
         # Not Layers.conv, which pads a kernel of 7 at stride 4 by 2: published weights were trained with 3.
-        self.proj = _conv_class(len(stride))(
+        self.proj = conv_class(len(stride))(
             in_channels, out_channels, kernel_size, stride=tuple(stride), padding=kernel_size // 2
         )
         self.norm = nn.LayerNorm(out_channels)
@@ -171,7 +171,7 @@ class ReducedAttention(nn.Module):
         self.sr: nn.Module | None = None
         if max(reduction) > 1:
             kernel = tuple(reduction)
-            self.sr = _conv_class(len(reduction))(channels, channels, kernel, stride=kernel)
+            self.sr = conv_class(len(reduction))(channels, channels, kernel, stride=kernel)
             self.norm = nn.LayerNorm(channels)
 
     def forward(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
@@ -186,7 +186,7 @@ class MixFFN(nn.Module):
     def __init__(self, channels: int, hidden_channels: int, *, spatial_dims: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden_channels)
-        conv = _conv_class(spatial_dims)(hidden_channels, hidden_channels, 3, padding=1, groups=hidden_channels)
+        conv = conv_class(spatial_dims)(hidden_channels, hidden_channels, 3, padding=1, groups=hidden_channels)
         self.dwconv = nn.Sequential(OrderedDict(dwconv=conv))  # its published name
         self.activation = nn.GELU()
         self.fc2 = nn.Linear(hidden_channels, channels)
@@ -194,10 +194,6 @@ class MixFFN(nn.Module):
     def forward(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         x = self.dwconv(to_grid(self.fc1(tokens), grid))
         return self.fc2(self.activation(to_tokens(x)))
-
-
-def _conv_class(spatial_dims: int) -> Any:
-    return nn.Conv2d if spatial_dims == 2 else nn.Conv3d
 
 
 def _initialize_convs(encoder: nn.Module) -> None:

@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg.nets.blocks import PerAxis, per_axis
+from medseg.nets.convolution import conv_class, convolve
 from medseg.nets.encoders.encoder import Encoder, plane_stride
 
 EXPANSION = 4
@@ -24,6 +24,10 @@ class ResNetV2(Encoder):
 
     Its features are those of the stem, at 1/2, then of each stage, from 1/4 on. Modules are named as in
     timm's hybrids (``vit_base_r50_s16_224``, under ``patch_embed.backbone``).
+
+    Departs from it: the stem's kernels are standardized when published ones are loaded, not at each step, so that
+    they can be fitted to other image channels; and strided convolutions pad both ends alike, where TensorFlow,
+    which the published weights come from, pads the far end.
 
     Args:
         spatial_dims: 2 or 3.
@@ -55,7 +59,7 @@ class ResNetV2(Encoder):
             spatial_dims,
         )
         halved = plane_stride(2, spatial_dims, in_plane=in_plane)
-        stem = StandardizedConv(spatial_dims, in_channels, width, kernel_size=7, stride=halved)
+        stem = StandardizedConv(spatial_dims, in_channels, width, kernel_size=7, stride=halved, standardize=False)
         self.stem = nn.Sequential(OrderedDict(conv=stem, norm=_norm(width), act=nn.ReLU(inplace=True)))
         kernel = plane_stride(3, spatial_dims, in_plane=in_plane)
         self.pool = (nn.MaxPool2d if spatial_dims == 2 else nn.MaxPool3d)(
@@ -128,21 +132,30 @@ class StandardizedConv(nn.Module):
         out_channels: Of the output.
         kernel_size: Odd, the same along all axes.
         stride: Of the convolution.
+        standardize: Whether they have; else they are the weights themselves.
     """
 
     def __init__(
-        self, spatial_dims: int, in_channels: int, out_channels: int, *, kernel_size: int, stride: PerAxis = 1
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int,
+        stride: PerAxis = 1,
+        standardize: bool = True,
     ) -> None:
         super().__init__()
-        conv = (nn.Conv2d if spatial_dims == 2 else nn.Conv3d)(in_channels, out_channels, kernel_size, bias=False)
+        conv = conv_class(spatial_dims)(in_channels, out_channels, kernel_size, bias=False)
         nn.init.kaiming_normal_(conv.weight)
         self.weight = conv.weight
+        self.standardize = standardize
         self.stride = per_axis(stride, spatial_dims)
         self.padding = (kernel_size // 2,) * spatial_dims
 
     def forward(self, x: Tensor) -> Tensor:
-        convolve = F.conv2d if self.weight.dim() == 4 else F.conv3d
-        return convolve(x, standardized(self.weight), stride=self.stride, padding=self.padding)
+        weight = standardized(self.weight) if self.standardize else self.weight
+        return convolve(x, weight, stride=self.stride, padding=self.padding)
 
 
 def standardized(weight: Tensor) -> Tensor:

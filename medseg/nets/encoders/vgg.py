@@ -59,7 +59,6 @@ class VGG(Encoder):
         if depth < 1:
             raise ValueError("channels is empty; VGG has at least one stage")
         convs = per_level("convs_per_stage", convs_per_stage, depth)
-        convs = per_level("convs_per_stage", convs_per_stage, depth)
         if min(convs) < 1:
             raise ValueError(f"convs_per_stage {convs}; a stage has at least 1")
         super().__init__(

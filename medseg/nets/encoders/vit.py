@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medseg.nets.blocks import PerAxis, per_axis, resize
+from medseg.nets.convolution import conv_class
 from medseg.nets.encoders.encoder import Encoder, plane_stride
 from medseg.nets.encoders.resnet_v2 import ResNetV2
 from medseg.nets.transformer import (
@@ -171,8 +171,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.backbone = backbone
         narrow = in_channels if backbone is None else backbone.channels[-1]
-        conv: Any = nn.Conv2d if len(patch_size) == 2 else nn.Conv3d
-        self.proj = conv(narrow, out_channels, tuple(patch_size), stride=tuple(patch_size))
+        self.proj = conv_class(len(patch_size))(narrow, out_channels, tuple(patch_size), stride=tuple(patch_size))
         nn.init.normal_(self.proj.weight, std=1 / math.sqrt(self.proj.weight[0].numel()))
         nn.init.zeros_(self.proj.bias)
 
