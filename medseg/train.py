@@ -19,7 +19,7 @@ from medseg.build.data import TrainingData, manifest, training_data
 from medseg.build.model import Hardware, specification
 from medseg.build.provenance import run_tags
 from medseg.build.scoring import dice_result, score_held_out
-from medseg.build.training import check_parts, recorded
+from medseg.build.training import balanced, check_parts, recorded
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
 from medseg.display import console, track
@@ -105,6 +105,7 @@ def _train_fold(
     started = time.monotonic()
     plan = plan.model_copy(update={"validate_": plan.validate_.model_copy(update={"fold": fold})})  # as it is recorded
     data = _prepare(plan, fold, hardware)
+    plan = balanced(plan, data)
     display = LiveDisplay(console(), f"{plan.name} fold {fold}", plan.train.iterations)
     with _training_memory(plan):
         trainer = make_trainer(plan, data, observer=display, hardware=hardware)

@@ -492,7 +492,7 @@ def test_published_weights_start_the_encoder(home):
 @pytest.mark.parametrize(
     ("name", "file", "expected"),
     [
-        ("segnet", "gone.pth", r"gone\.pth: there is no such file"),
+        ("segnet", "gone.pth", r"gone\.pth: is no file"),
         ("segnet", "tiny.yaml", r"E-ENCODER-WEIGHTS"),
         ("unet", "tiny.yaml", r"UNet has no encoder that weights are published for; remove encoder_weights"),
     ],
@@ -502,3 +502,15 @@ def test_weights_that_do_not_fit_are_refused_before_any_case_is_read(home, name,
     with pytest.raises(MedsegError, match=expected):
         train(Path("tiny.yaml"), overrides=[f"network={json.dumps(network)}"])
     assert not Path("cache").exists()
+
+
+def test_balanced_class_weights_are_recorded_as_the_numbers_they_stand_for(home):
+    terms = "[{name: cross_entropy, args: {class_weights: balanced}}, {name: boundary, weight: {from: 0, to: 0.1, over: 2}}]"
+    overrides = [f"loss={terms}", "train.iterations=2", "train.precision=bf16"]
+    result = train(home / "tiny.yaml", overrides=overrides, output=home / "run")
+    found = Workflow.load(Path(result["run_dir"], "workflow.yaml")).loss
+    voxels = np.array([20 * 22 * 12 - 144 - 96, 144, 96])  # of every scan
+    assert found[0].args["class_weights"] == pytest.approx(voxels.sum() / (3 * voxels), rel=1e-5)
+    assert train(home / "tiny.yaml", overrides=overrides, output=home / "run", resume=True)["iterations"] == 2
+    with pytest.raises(MedsegError, match="class_weights is 'balance'; it must be a list of numbers"):
+        train(home / "tiny.yaml", overrides=[f"loss={terms.replace('balanced', 'balance')}"])

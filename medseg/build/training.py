@@ -16,6 +16,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from medseg.build.balance import balanced_weights, with_class_weights
 from medseg.build.data import TrainingData
 from medseg.build.memory import check_step_fits
 from medseg.build.model import Hardware, find_model, network, specification
@@ -64,7 +65,8 @@ def check_parts(workflow: Workflow, source: Manifest, hardware: Hardware | None 
         net = _network(workflow, spec)
     _published_weights(workflow, net)
     check_step_fits(workflow, net, len(source.channels), hardware or Hardware())
-    _try_loss(workflow, source.labels, loss(workflow, net))
+    any_weights = (1.0,) * source.labels.num_outputs
+    _try_loss(workflow, source.labels, loss(with_class_weights(workflow, any_weights), net))
     _augmentation(workflow, source.labels, spec)
     with workflow.blamed("infer", "postprocess"):
         check_steps(workflow.infer.postprocess, source.labels)
@@ -114,7 +116,7 @@ def trainer(
     return Trainer(
         fabric,
         net,
-        loss=loss(workflow, net),
+        loss=loss(balanced(workflow, data), net),
         optimizer=optimizer,
         rate=_rate(workflow),
         batches=_batches(workflow, data, spec, fabric),
@@ -228,6 +230,11 @@ def tracker(
         tags=tags,
         parent_run_id=parent_run_id,
     )
+
+
+def balanced(workflow: Workflow, data: TrainingData) -> Workflow:
+    """The workflow with numbers for what its training cases decide about the loss."""
+    return with_class_weights(workflow, balanced_weights(data.training, data.labels))
 
 
 def recorded(workflow: Workflow) -> Workflow:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from medseg.losses.probabilities import at_least_float32
+
 
 @dataclass(frozen=True)
 class Ramp:
@@ -51,7 +53,7 @@ class Compound(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The sum, a float32 scalar; arguments as those of the losses."""
-        logits = logits.float()  # once, where under autocast each loss would make its own copy
+        logits = at_least_float32(logits)  # once, where under autocast each loss would make its own copy
         weights = [weight.at(self.step) if isinstance(weight, Ramp) else weight for weight in self.weights]
         terms = [w * loss(logits, target, mask) for w, loss in zip(weights, self.losses, strict=True) if w != 0]
         return sum(terms, start=torch.zeros((), device=logits.device)) if terms else 0 * logits.sum()

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from monai.losses import DiceLoss, TverskyLoss
+from monai.losses import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 from torch import Tensor
 
-from medseg.losses import Dice, Tversky
+from medseg.losses import Dice, FocalTversky, GeneralizedDice, Tversky
 
 
 def draw(size: tuple[int, ...], *, regions: bool, num: int = 4) -> tuple[Tensor, Tensor]:
@@ -116,3 +116,82 @@ def test_scoring_the_batch_as_one_forgives_a_patch_without_the_organ() -> None:
     logits = torch.stack([8 * (1.0 - target), 8.0 * target], dim=1)  # all but certain
     assert Dice(batch=True)(logits, target) < 0.01
     assert Dice(batch=False)(logits, target) > 0.49
+
+
+def organ_sums(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hits, predicted and true voxels in float64, each (B, R)."""
+    x = logits.double().numpy()
+    regions = target.dim() == logits.dim()
+    probs = 1 / (1 + np.exp(-x)) if regions else np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    true = target.double().numpy() if regions else np.moveaxis(np.eye(x.shape[1])[target.numpy()], -1, 1)
+    counted = np.ones_like(x) if mask is None else mask.numpy()
+    axes = tuple(range(2, x.ndim))
+    return (probs * true * counted).sum(axes), (probs * counted).sum(axes), (true * counted).sum(axes)
+
+
+@pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_generalized_dice_is_the_paper_s_formula(regions: bool, batch: bool) -> None:
+    for size in ((6, 5), (4, 5, 3)):
+        logits, target = draw(size, regions=regions)
+        mask = torch.rand(3, 1, *size, generator=torch.Generator().manual_seed(1)) < 0.7
+        hit, predicted, true = (s.sum(0, keepdims=True) if batch else s for s in organ_sums(logits, target, mask))
+        weights = 1 / true**2
+        expected = 1 - 2 * (weights * hit).sum(1) / (weights * (predicted + true)).sum(1)
+        loss = GeneralizedDice(batch=batch, smooth=0)(logits.double(), target, mask)
+        assert loss.item() == pytest.approx(expected.mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("absent", [False, True])
+def test_generalized_dice_equals_monai_s(regions: bool, batch: bool, background: bool, absent: bool) -> None:
+    logits, target = draw((6, 5, 4), regions=regions)
+    if absent and regions:
+        target[:, 2] = 0
+    elif absent:
+        target[target == 2] = 1
+    how = {"sigmoid": True} if regions else {"softmax": True, "to_onehot_y": True}
+    theirs = GeneralizedDiceLoss(batch=batch, include_background=background or regions, smooth_nr=0, smooth_dr=0, **how)
+    a, b = logits.double().requires_grad_(), logits.double().requires_grad_()
+    value = GeneralizedDice(batch=batch, include_background=background, smooth=0)(a, target)
+    expected = theirs(b, target.double() if regions else target[:, None])
+    torch.testing.assert_close(value, expected.to(value), rtol=0, atol=1e-6)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_generalized_dice_punishes_what_is_found_of_an_absent_organ() -> None:
+    target = torch.zeros(1, 4, 4, dtype=torch.long)
+    target[0, 0, 0] = 1
+    right = 20 * torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float()
+    wrong = right.clone()
+    wrong[0, :, 3] = torch.tensor([0.0, 0, 20])[:, None]
+    loss = GeneralizedDice()
+    assert loss(right, target) < 1e-3
+    assert loss(wrong, target) > 0.3
+    empty = torch.zeros(1, 4, 4, dtype=torch.long)
+    assert GeneralizedDice(include_background=False)(wrong, empty) > 0.9
+
+
+def test_generalized_dice_still_sees_large_organs() -> None:
+    target = torch.ones(1, 1, 40, 40, 40)
+    logits = torch.zeros(1, 1, 40, 40, 40)
+    assert GeneralizedDice()(logits, target).item() == pytest.approx(1 - 2 * 0.5 / 1.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
+@pytest.mark.parametrize("gamma", [1.0, 4 / 3, 3.0])
+def test_focal_tversky_is_the_paper_s_formula(regions: bool, gamma: float) -> None:
+    logits, target = draw((4, 5, 3), regions=regions)
+    hit, predicted, true = (sums.sum(0) for sums in organ_sums(logits, target))
+    index = (hit + 1e-5) / (hit + 0.7 * (true - hit) + 0.3 * (predicted - hit) + 1e-5)
+    expected = ((1 - index[0 if regions else 1 :]) ** (1 / gamma)).mean()
+    assert FocalTversky(gamma=gamma)(logits.double(), target).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_focal_tversky_needs_a_positive_gamma() -> None:
+    with pytest.raises(ValueError, match="gamma is 0"):
+        FocalTversky(gamma=0)
