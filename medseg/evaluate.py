@@ -215,6 +215,6 @@ def _joined(*notes: str) -> str:
 
 
 def _mean_of_organs(summary: Summary, metric: str) -> float:
-    means = [values[metric]["mean"] for values in summary.values()]
+    means = [values[metric]["mean"] for values in summary.values() if metric in values]
     known = [mean for mean in means if not math.isnan(mean)]
     return sum(known) / len(known) if known else math.nan

@@ -132,7 +132,7 @@ def evaluation_table(result: Result) -> Table:
     for name in names:
         table.add_column(f"{name}: mean ± std [95 % interval]", justify="right")
     for organ, scores in result["per_organ"].items():
-        table.add_row(organ, *(_score(scores[name]) for name in names))
+        table.add_row(organ, *(_score(scores[name]) if name in scores else "" for name in names))
     table.add_section()
     table.add_row("mean", *(_one_line(result["mean"][name]) for name in names))
     return table

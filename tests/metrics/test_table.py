@@ -8,8 +8,21 @@ import pytest
 from medseg.errors import GeometryError, WorkflowError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
-from medseg.metrics import METRICS
-from medseg.metrics.table import Score, score_case, summarize, write_table
+from medseg.metrics.lesions import Lesion
+from medseg.metrics.table import (
+    ABSENT,
+    ALL_CLASSES,
+    MISSED,
+    NOTHING_COUNTS,
+    SPURIOUS,
+    Score,
+    read_table,
+    score_case,
+    score_organs,
+    summarize,
+    write_lesions,
+    write_table,
+)
 
 LABELS = Labels({0: "background", 1: "liver", 2: "cancer"}, ignore_label=255)
 GRID = Geometry.from_spacing((4, 1, 1), (1, 1, 1))
@@ -87,21 +100,100 @@ def test_an_organ_without_any_value_is_nan_without_a_warning():
     assert math.isnan(found["mean"]) and math.isnan(found["median"]) and (found["n"], found["n_missing"]) == (0, 1)
 
 
+def test_a_summary_counts_organs_that_were_missed_and_that_are_spurious():
+    rows = [
+        Score("a", "liver", {"hd95": 1.0}),
+        Score("b", "liver", {"hd95": math.nan}, MISSED),
+        Score("c", "liver", {"hd95": math.nan}, f"{SPURIOUS}; prediction resampled"),
+        Score("d", "liver", {"hd95": math.nan}, ABSENT),
+    ]
+    found = summarize(rows)["liver"]["hd95"]
+    assert (found["n"], found["n_missing"], found["n_missed"], found["n_spurious"]) == (1, 3, 1, 1)
+
+
+def test_a_summary_tells_the_quartiles():
+    found = summarize([Score(str(n), "liver", {"dice": n / 8}) for n in range(9)])["liver"]["dice"]
+    assert (found["p25"], found["median"], found["p75"]) == (0.25, 0.5, 0.75)
+
+
+def test_the_interval_is_wider_where_cases_are_of_few_patients():
+    values = np.repeat(np.random.default_rng(0).normal(0.8, 0.05, 20), 5)
+    rows = [Score(str(n), "liver", {"dice": float(value)}) for n, value in enumerate(values)]
+    of_patients = [Score(r.case, r.organ, r.values, patient=str(int(r.case) // 5)) for r in rows]
+    (low, high), (patient_low, patient_high) = (
+        summarize(scores)["liver"]["dice"]["ci95"] for scores in (rows, of_patients)
+    )
+    assert patient_high - patient_low > 1.5 * (high - low)
+
+
+def test_a_row_tells_the_patient_and_the_diagonal_of_the_scan():
+    grid = Geometry.from_spacing((4, 1, 1), (1, 2, 2))
+    (liver, _) = score_case("c", volume(1, 0, 0, 0, grid=grid), volume(1, 0, 0, 0, grid=grid), LABELS, patient="7")
+    assert liver.patient == "7" and liver.diagonal_mm == pytest.approx(math.sqrt(4**2 + 2**2 + 2**2))
+
+
+def test_scores_of_the_image_stand_in_a_row_of_their_own():
+    rows = score_case("c", volume(1, 2, 0, 255), volume(1, 1, 0, 1), LABELS, metrics=["pixel_accuracy", "dice"])
+    assert [(row.organ, set(row.values)) for row in rows] == [
+        ("liver", {"dice"}),
+        ("cancer", {"dice"}),
+        (ALL_CLASSES, {"pixel_accuracy"}),
+    ]
+    assert rows[-1].values["pixel_accuracy"] == pytest.approx(2 / 3) and rows[-1].note == ""
+    assert set(summarize(rows)[ALL_CLASSES]) == {"pixel_accuracy"}
+
+
+def test_a_case_of_which_every_voxel_is_ignored_says_so():
+    rows = score_case("c", volume(255, 255, 255, 255), volume(1, 1, 0, 1), LABELS, metrics=["mean_iou"])
+    assert [row.note for row in rows] == [ABSENT, ABSENT, NOTHING_COUNTS]
+
+
 def test_the_table_is_a_csv_whose_missing_values_are_empty(tmp_path):
     scores = [
-        Score("a, b", "liver", {"dice": 2 / 3, "iou": 0.5}),
+        Score("a, b", "liver", {"dice": 2 / 3, "iou": 0.5}, patient="4", diagonal_mm=500.0),
         Score("c", "liver", {"dice": math.nan, "iou": math.nan}, "absent in both"),
     ]
     write_table(tmp_path / "table.csv", scores)
     with (tmp_path / "table.csv").open(newline="") as stream:
         assert list(csv.reader(stream)) == [
-            ["case", "organ", "dice", "iou", "note"],
-            ["a, b", "liver", "0.666667", "0.500000", ""],
-            ["c", "liver", "", "", "absent in both"],
+            ["case", "organ", "patient", "dice", "iou", "diagonal_mm", "note"],
+            ["a, b", "liver", "4", "0.666667", "0.500000", "500.000000", ""],
+            ["c", "liver", "", "", "", "", "absent in both"],
         ]
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_every_metric_is_perfect_on_equal_masks(name):
-    (liver, _) = score_case("c", volume(1, 1, 0, 0), volume(1, 1, 0, 0), LABELS, metrics=[name])
-    assert liver.values == {name: 1.0}
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    metrics = ["dice", "nsd:2", "mean_iou"]
+    scores = score_case("c", volume(1, 2, 0, 255), volume(1, 1, 0, 1), LABELS, metrics=metrics, patient="p")
+    write_table(tmp_path / "table.csv", scores)
+    for read, written in zip(read_table(tmp_path / "table.csv"), scores, strict=True):
+        assert (read.case, read.organ, read.note, read.patient) == (
+            written.case, written.organ, written.note, written.patient,
+        )  # fmt: skip
+        assert read.values == pytest.approx(written.values, abs=1e-6, nan_ok=True)
+        assert read.diagonal_mm == pytest.approx(written.diagonal_mm, abs=1e-6)
+
+
+def test_a_table_from_before_there_were_patients_is_read(tmp_path):
+    (tmp_path / "old.csv").write_text("case,organ,dice,note\nc,liver,,missed\n")
+    (score,) = read_table(tmp_path / "old.csv")
+    assert (score.case, score.organ, score.patient, score.note) == ("c", "liver", "", "missed")
+    assert math.isnan(score.values["dice"]) and math.isnan(score.diagonal_mm)
+
+
+def test_each_lesion_has_a_row_in_a_table_of_its_own(tmp_path):
+    grid = Geometry.from_spacing((7, 1, 1), (10, 10, 10))
+    pair = volume(1, 1, 0, 1, 0, 0, 0, grid=grid), volume(1, 0, 0, 0, 0, 1, 1, grid=grid)
+    scores = score_organs("c", *pair, {"lesion": (1,)}, patient="4", with_lesions=True)
+    assert scores[0].lesions == [
+        Lesion(True, 2, pytest.approx(2), True, pytest.approx(2 / 3)),
+        Lesion(True, 1, pytest.approx(1), False, 0.0),
+        Lesion(False, 2, pytest.approx(2), False, 0.0),
+    ]
+    write_lesions(tmp_path / "lesions.csv", scores)
+    assert (tmp_path / "lesions.csv").read_text().splitlines() == [
+        "case,organ,patient,in_reference,num_voxels,volume_ml,is_matched,dice",
+        "c,lesion,4,1,2,2.000000,1,0.666667",
+        "c,lesion,4,1,1,1.000000,0,0.000000",
+        "c,lesion,4,0,2,2.000000,0,0.000000",
+    ]
