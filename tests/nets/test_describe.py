@@ -1,5 +1,8 @@
 """What `medseg nets` tells."""
 
+import re
+from pathlib import Path
+
 from rich.console import Console
 
 from medseg.nets import NETS
@@ -54,3 +57,14 @@ def test_numbers_are_rounded_for_people():
     assert [millions(n) for n in (5_685_058, 134_346_581, 1_457_330_000)] == ["5.69 M", "134 M", "1.46 G"]
     net = imagined(NETS["unet"], 2)
     assert next(net.parameters()).is_meta and number_of_parameters(net) == 5_685_058
+
+
+def test_the_readme_lists_every_network_as_it_is() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.+?): (.+?), \[(.+?)\].* \| (.+?) \| .+ \|$", readme, flags=re.MULTILINE)
+    expected = []
+    for name, entry in NETS.items():
+        authors, identifier = entry.paper.split(", ")
+        counted = ", ".join(millions(number) for number in describe(name)["parameters"].values())
+        expected.append((name, entry.title, authors, identifier, counted))
+    assert rows == expected
