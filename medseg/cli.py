@@ -121,7 +121,9 @@ def train(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, model folder, or MLflow run id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Run folder, model folder, MLflow run id, or models:/NAME@ALIAS.")
+    ],
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, folders, or a manifest.")],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the segmentations.")],
@@ -353,6 +355,25 @@ def ui(
     from medseg.tracking.runs import serve_ui
 
     raise typer.Exit(serve_ui(uri, host, port, auth=auth))
+
+
+@app.command()
+def register(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or MLflow run id.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the model is called, e.g. liver.")],
+    *,
+    alias: Annotated[
+        str | None, typer.Option(help="Given to this version, and taken from the one that had it: champion.")
+    ] = None,
+    uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a run's model into MLflow's registry, for `medseg predict models:/NAME@ALIAS`."""
+    with stdout_kept_free():
+        from medseg.tracking.runs import register
+
+        result = register(run, name, alias=alias, tracking_uri=uri)
+    print_result(result, as_json)
 
 
 @app.command()

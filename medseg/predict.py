@@ -21,6 +21,7 @@ from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.files import NO_ROOM, remove_leftovers
 from medseg.memory import asked_for, is_out_of_memory
+from medseg.tracking.runs import is_registered, model_folder
 
 if TYPE_CHECKING:
     from medseg.data.transforms import Prepared
@@ -53,7 +54,7 @@ def predict(
     """Segment scans. A scan that cannot be segmented is listed and does not stop the others.
 
     Args:
-        model: A model folder, a run folder, or an MLflow run id.
+        model: A model folder, a run folder, an MLflow run id, or a registered model as ``models:/name@alias``.
         inputs: Files, folders (searched recursively) and manifests.
         output: Folder for the segmentations, made if need be; each is called after its case.
         format: ``nii.gz``, ``nii``, ``nrrd`` or ``mha``; for pictures ``png`` too.
@@ -82,6 +83,8 @@ def predict(
     _check_arguments(format, overlap, resume=resume, force=force, probabilities=probabilities)
     cases = find_cases(inputs, split=split)
     check_unique(cases)
+    if is_registered(model):  # found once: the alias may be given to another version while scans are segmented
+        model = str(model_folder(model, tracking_uri))
     suffix = f".{format}"
     kinds = ("", PROBABILITIES) if probabilities else ("",)
     files = {case.id: tuple(output / f"{case.id}{kind}{suffix}" for kind in kinds) for case in cases}

@@ -17,11 +17,12 @@ import numpy as np
 
 from medseg.build.data import TrainingData, manifest, training_data
 from medseg.build.model import Hardware, specification
-from medseg.build.provenance import run_tags
+from medseg.build.provenance import MANIFEST_TAG, run_tags, workflow_tags
 from medseg.build.scoring import dice_result, score_held_out
-from medseg.build.training import balanced, check_parts, recorded
+from medseg.build.training import balanced, check_parts, listener, recorded
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
+from medseg.data.manifest import Manifest
 from medseg.display import console, track
 from medseg.errors import Interrupted, TrainingError, WorkflowError
 from medseg.metrics.table import PER_CASE, read_table, write_table
@@ -114,8 +115,9 @@ def _train_fold(
         tags = run_tags(plan, data)
         tracker = make_tracker(plan, path, run_name=f"{plan.name}-fold{fold}", tags=tags, parent_run_id=parent_run_id)
         with _ended(tracker):
+            _tell_data_set(plan, data.manifest, tags[MANIFEST_TAG], tracker)
             with display, _training_memory(plan):
-                progress = trainer.fit(folder, tracker)
+                progress = trainer.fit(folder, listener(plan, path, tracker))
             with ending_work("the training is done and saved, its scoring is not"):
                 result = _finish(plan, data, trainer, progress, tracker)
             result["seconds"] = round(time.monotonic() - started, 1)
@@ -182,13 +184,15 @@ def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Prog
     for which, result in found.items():
         dice = {f"final/{which}/dice/{organ}": value for organ, value in result["dice"].items()}
         tracker.log_metrics(dice | {f"final/{which}/mean_dice": result["mean_dice"]}, progress.step)
-    for name in (PER_CASE, "validation.csv", "workflow.yaml", "manifest.json"):
+    tracker.log_table(folder.path / PER_CASE)
+    for name in ("validation.csv", "workflow.yaml", "manifest.json"):
         tracker.log_file(folder.path / name)
     for name in ("model.json", "model.safetensors"):
         tracker.log_file(folder.model / name, "model")
     return {
         "run_dir": str(folder.path),
         "mlflow_run_id": tracker.run_id,
+        "manifest_sha256": provenance[MANIFEST_TAG],
         "fold": data.fold,
         "model_dir": str(folder.model),
         "pictures": str(folder.pictures),
@@ -210,7 +214,8 @@ def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
     with RunFolder(path) as folder:
         folder.record(FOLDS, json.dumps(folds) + "\n")
         folder.record("workflow.yaml", recorded(plan).to_yaml(), free=FREE_TO_CHANGE)
-        parent = make_tracker(plan, path, run_name=f"{plan.name}-cv", tags={"medseg.folds": str(len(folds))})
+        tags = workflow_tags(plan) | {"medseg.folds": str(len(folds))}
+        parent = make_tracker(plan, path, run_name=f"{plan.name}-cv", tags=tags)
         with _ended(parent):
             results = []
             for fold in folds:
@@ -219,6 +224,9 @@ def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
                     results.append(json.loads(done.read_text()))
                 else:
                     results.append(_train_fold(plan, done.parent, fold, hardware, parent_run_id=parent.run_id))
+            if digest := results[0].get("manifest_sha256"):  # not of folds that an earlier version has trained
+                parent.log_tags({MANIFEST_TAG: digest})
+                _tell_data_set(plan, source, digest, parent)
             joint = _joint(results, path, source.labels.organs, parent)
         folder.write(RESULT, json.dumps(joint, indent=1) + "\n")
     return joint
@@ -231,7 +239,7 @@ def _joint(results: Sequence[Result], path: Path, organs: Sequence[str], parent:
     best = dice_result(scores, organs)
     dice = {f"cv/dice/{organ}": value for organ, value in best["dice"].items()}
     parent.log_metrics(dice | {"cv/mean_dice": best["mean_dice"]}, 0)
-    parent.log_file(path / PER_CASE)
+    parent.log_table(path / PER_CASE)
     return {
         "run_dir": str(path),
         "mlflow_run_id": parent.run_id,
@@ -243,6 +251,13 @@ def _joint(results: Sequence[Result], path: Path, organs: Sequence[str], parent:
         "seconds": sum(result["seconds"] for result in results),
         "iterations": sum(result["iterations"] for result in results),
     }
+
+
+def _tell_data_set(plan: Workflow, source: Manifest, digest: str, tracker: MlflowTracker) -> None:
+    """Name the data set in MLflow, with numbers but without a path that the workflow does not show, or a case."""
+    organs = ", ".join(source.labels.organs)
+    profile = {"cases": len(source.training), "organs": organs, "channels": ", ".join(source.channels)}
+    tracker.log_data_set(source.name, digest, source=plan.data.manifest, profile=profile)
 
 
 def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:

@@ -149,7 +149,7 @@ class Infer(Section):
 class Track(Section):
     experiment: str | None = Field(None, description="MLflow experiment; the workflow's name if not given")
     uri: str | None = Field(None, description="MLflow tracking URI; sqlite:///mlflow.db if not given")
-    tensorboard: Literal[False] = False
+    tensorboard: bool = Field(False, description="write TensorBoard's event files into the run folder too")
 
 
 class Workflow(Section):

@@ -337,3 +337,10 @@ def test_a_full_disk_is_told_in_one_message(fake: Fake) -> None:
     result = medseg("train", "w.yaml")
     assert result.exit_code == 4
     assert result.stderr.endswith("E-DISK: No space left on device; make room, then go on where this ended\n")
+
+
+def test_register_tells_how_predict_finds_the_model(fake: Fake) -> None:
+    calls = fake("register", {"model": "models:/liver@champion"}, module="medseg.tracking.runs")
+    result = medseg("register", "runs/x", "liver", "--alias", "champion", "--json")
+    assert json.loads(result.stdout) == {"model": "models:/liver@champion"}
+    assert calls == [{"args": ("runs/x", "liver"), "alias": "champion", "tracking_uri": None}]

@@ -28,6 +28,7 @@ from medseg.nets import NETS
 from medseg.outcome import print_result, training_summary
 from medseg.predict import predict
 from medseg.tracking.mlflow_tracker import open_store
+from medseg.tracking.runs import experiment_runs
 from medseg.train import train
 from medseg.workflow import Workflow
 
@@ -108,7 +109,7 @@ def histories(home: Path, run_id: str) -> dict[str, dict[int, float]]:
 
 
 def test_a_training_leaves_a_model_tables_pictures_and_an_mlflow_run(home):
-    result = train(Path("tiny.yaml"))
+    result = train(Path("tiny.yaml"), overrides=["track.tensorboard=true"])
     folder = Path(result["run_dir"])
     assert folder.parent == Path("runs/tiny")
     for name in ("workflow.yaml", "manifest.json", "validation.csv", "per_case.csv", "log.jsonl", "model/model.json"):
@@ -122,7 +123,18 @@ def test_a_training_leaves_a_model_tables_pictures_and_an_mlflow_run(home):
     recorded = client.get_run(result["mlflow_run_id"])
     assert recorded.info.status == "FINISHED"
     assert recorded.data.params["train.batch_size"] == "2"
-    assert recorded.data.tags["medseg.fold"] == "0"
+    tags = {"fold": "0", "network": "unet", "loss": "dice+cross_entropy", "spatial_dims": "3"}
+    tags["manifest_sha256"] = result["manifest_sha256"]
+    found = {name: recorded.data.tags[f"medseg.{name}"] for name in tags}
+    assert found == tags
+    (told,) = recorded.inputs.dataset_inputs
+    assert (told.dataset.name, told.dataset.digest) == ("tiny", result["manifest_sha256"][:36])
+    assert "scan_" not in str(told.to_dictionary())
+    assert str(home) not in str(told.to_dictionary())
+    assert "per_case.json" in recorded.data.tags["mlflow.loggedArtifacts"]
+    (events,) = (folder / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"val/dice/bright") == 3
+    assert events.read_bytes().count(b"\x89PNG") == 6
     assert set(result["best"]["dice"]) == {"bright", "dark"}
     assert not list(home.rglob("*.tmp"))
 
@@ -141,6 +153,11 @@ def test_all_folds_are_nested_runs_under_a_parent_with_the_joint_result(home, ca
     for fold in result["folds"]:
         tags = client.get_run(fold["mlflow_run_id"]).data.tags
         assert tags["mlflow.parentRunId"] == result["mlflow_run_id"]
+        assert tags["medseg.manifest_sha256"] == result["folds"][0]["manifest_sha256"]
+    parent = client.get_run(result["mlflow_run_id"])
+    assert parent.data.tags["medseg.manifest_sha256"] == result["folds"][0]["manifest_sha256"]
+    assert [told.dataset.name for told in parent.inputs.dataset_inputs] == ["tiny"]
+    assert [run.run_id for run in experiment_runs("tiny")] == [result["mlflow_run_id"]]
     joint = histories(home, result["mlflow_run_id"])
     assert joint["cv/mean_dice"][0] == pytest.approx(result["best"]["mean_dice"])
     assert len(result["folds"]) == 3

@@ -112,7 +112,7 @@ def predictor(
     """A trained model, ready to segment.
 
     Args:
-        model: A model folder, a run folder, or an MLflow run id.
+        model: A model folder, a run folder, an MLflow run id, or ``models:/name@alias``.
         device: ``auto``, ``cpu`` or ``cuda``.
         overlap: Instead of the model's own.
         tta: Mirror along all axes.

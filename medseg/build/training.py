@@ -38,11 +38,12 @@ from medseg.nets.weights import encoder_of, load_encoder_weights
 from medseg.registry import check_arguments
 from medseg.reporting.overlay import contour_picture
 from medseg.tracking.mlflow_tracker import MlflowTracker
+from medseg.tracking.tensorboard import EventFiles, MlflowAndTensorBoard
 from medseg.tracking.uri import without_password
 from medseg.training import optim
 from medseg.training.loading import lasting_batches
 from medseg.training.signals import leave_to_parent
-from medseg.training.state import Batch, Observer, Settings, Target
+from medseg.training.state import Batch, Observer, Settings, Target, Tracker
 from medseg.training.trainer import Trainer
 from medseg.training.validator import Validator
 from medseg.workflow import Ramp as RampChoice
@@ -235,6 +236,13 @@ def tracker(
 def balanced(workflow: Workflow, data: TrainingData) -> Workflow:
     """The workflow with numbers for what its training cases decide about the loss."""
     return with_class_weights(workflow, balanced_weights(data.training, data.labels))
+
+
+def listener(workflow: Workflow, folder: Path, mlflow: MlflowTracker) -> Tracker:
+    """Who a training tells its numbers: MLflow, and TensorBoard's event files where the workflow asks for them."""
+    if not workflow.track.tensorboard:
+        return mlflow
+    return MlflowAndTensorBoard(mlflow, EventFiles(folder / "tensorboard"))
 
 
 def recorded(workflow: Workflow) -> Workflow:

@@ -7,7 +7,9 @@ run joins whatever was left open before.
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import logging
 import math
 import os
@@ -47,7 +49,13 @@ START_SECONDS = 30.0
 FINISH_SECONDS = 60.0
 """How long the end of a run waits for what is still to be sent."""
 
-MAX_NAME, MAX_VALUE = 250, 6000  # characters, by MLflow's rules
+TABLES_TAG = "mlflow.loggedArtifacts"
+"""Which artifacts MLflow shows as tables."""
+
+TEXT_COLUMNS = ("case", "organ", "patient", "note")
+"""Columns of a table that hold no numbers; a case may well be called 001."""
+
+MAX_NAME, MAX_VALUE, MAX_DIGEST = 250, 6000, 36  # characters, by MLflow's rules
 THUMBNAIL_PIXELS = 256
 
 # MLflow retries a request for minutes, prints to stdout and reports its use to its makers, unless told otherwise.
@@ -162,6 +170,33 @@ class MlflowTracker:
         """Log a file, or a folder with all that is in it, into an artifact folder."""
         self._spool.append([{"kind": "file", "path": self._kept(path), "folder": folder}])
 
+    def log_table(self, path: Path) -> None:
+        """Log a CSV, and beside it the same as JSON, which MLflow shows as a table and `load_table` reads.
+
+        Args:
+            path: The CSV, with a header; all columns but TEXT_COLUMNS are numbers, an empty field is none.
+        """
+        self.log_file(path)
+        shown = self._run_dir / path.with_suffix(".json").name
+        write_atomically(shown, _table_json(path).encode())
+        self._spool.append([{"kind": "table", "path": self._kept(shown)}])
+
+    def log_data_set(self, name: str, digest: str, *, source: str, profile: Mapping[str, Any]) -> None:
+        """Say what the run learns from; nothing is read.
+
+        Args:
+            name: Of the data set.
+            digest: Hash of its content; MLflow keeps the first 36 characters.
+            source: Where it is described, as the user wrote it.
+            profile: What else people want to know of it, e.g. numbers of cases.
+        """
+        said = {"name": name, "digest": digest[:MAX_DIGEST], "source": source, "profile": dict(profile)}
+        self._spool.append([{"kind": "data_set", **said}])
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags; one that is there already gets the new value."""
+        self._log_texts("tag", tags)
+
     def rewind(self, step: int, count: int) -> None:
         """Say that the training went back to a step and takes another course from there.
 
@@ -186,11 +221,8 @@ class MlflowTracker:
             self._lock.close()
 
     def _begin(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        for kind, entries in (("param", params), ("tag", tags)):
-            self._spool.append(
-                {"kind": kind, "key": safe_name(name), "value": str(value)[:MAX_VALUE]}
-                for name, value in entries.items()
-            )
+        self._log_texts("param", params)
+        self._log_texts("tag", tags)
         self._spool.append([{"kind": "status", "status": "RUNNING"}])
         trouble = self._background.start(START_SECONDS)
         if trouble and trouble.refused and self._delivery.run_id is None:
@@ -198,6 +230,11 @@ class MlflowTracker:
             self._lock.close()
             message = f"the tracking store refuses this run: {trouble}; mend track.uri or track.experiment"
             raise WorkflowError("E-TRACK-URI", message, where=self._delivery.uri)
+
+    def _log_texts(self, kind: str, entries: Mapping[str, Any]) -> None:
+        self._spool.append(
+            {"kind": kind, "key": safe_name(name), "value": str(value)[:MAX_VALUE]} for name, value in entries.items()
+        )
 
     def _kept(self, path: Path) -> str:
         """A path relative to the run folder, into which what lies elsewhere is copied, for `sync` to find."""
@@ -253,6 +290,10 @@ class MlflowRun:
             log.warning(f"W-TRACK-FILE {path} is gone and was not sent")
         elif first["kind"] == "picture":
             self._send_picture(path, first["key"], first["step"])
+        elif first["kind"] == "data_set":
+            self._send_data_set(first)
+        elif first["kind"] == "table":
+            self._send_table(path)
         elif first["kind"] == "file" and path.is_dir():
             ask(client.log_artifacts, run_id, str(path), f"{first['folder']}/{path.name}".strip("/"))
         elif first["kind"] == "file":
@@ -289,6 +330,22 @@ class MlflowRun:
                 picture.save(Path(folder, f"{stem}+compressed.webp"))
             ask(self._client.log_artifacts, self._run_id, folder, "images")
         ask(self._client.set_tag, self._run_id, "mlflow.loggedImages", "True")
+
+    def _send_table(self, path: Path) -> None:
+        """As log_table would, which appends to what is there: sent twice, it is there once."""
+        ask(self._client.log_artifact, self._run_id, str(path))
+        tables = json.loads(ask(self._client.get_run, self._run_id).data.tags.get(TABLES_TAG, "[]"))
+        table = {"path": path.name, "type": "table"}
+        if table not in tables:
+            ask(self._client.set_tag, self._run_id, TABLES_TAG, json.dumps([*tables, table]))
+
+    def _send_data_set(self, record: Record) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source, profile = json.dumps({"uri": record["source"]}), json.dumps(record["profile"])
+        data_set = Dataset(record["name"], record["digest"], "local", source, profile=profile)
+        inputs = [DatasetInput(data_set, [InputTag("mlflow.data.context", "training")])]
+        ask(self._client.log_inputs, self._run_id, datasets=inputs)
 
     def _made_before_or_now(self, experiment: str) -> str:
         """The run's id; an earlier attempt may have made the run and not heard of it."""
@@ -410,6 +467,21 @@ def safe_name(name: str) -> str:
     """A name MLflow takes: letters, digits and ``_-. :/``; no empty or relative parts between slashes."""
     parts = [part for part in re.sub(r"[^\w\-. :/]", "_", name).split("/") if part not in ("", ".", "..")]
     return "/".join(parts)[:MAX_NAME] or "_"
+
+
+def _table_json(path: Path) -> str:
+    """A CSV as MLflow writes tables: the columns' names, and a list for each row."""
+    with path.open(newline="") as stream:
+        columns, *rows = csv.reader(stream)
+    is_text = [column in TEXT_COLUMNS for column in columns]
+    data = [[field if text else _number(field) for field, text in zip(row, is_text, strict=True)] for row in rows]
+    return json.dumps({"columns": columns, "data": data})
+
+
+def _number(field: str) -> float | None:
+    """None for what JSON has no number for."""
+    value = float(field or "nan")
+    return value if math.isfinite(value) else None
 
 
 def _reason(error: Exception) -> str:

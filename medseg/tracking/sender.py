@@ -26,6 +26,9 @@ REFUSALS = {
     "UNAUTHENTICATED",
 }
 
+NOT_TAKEN = {"BAD_REQUEST", "ENDPOINT_NOT_FOUND", "INVALID_PARAMETER_VALUE"}
+"""How a store says that it does not take one line, e.g. a server from before there were data sets."""
+
 log = logging.getLogger("medseg")
 
 
@@ -129,7 +132,7 @@ class Sender:
         try:
             self._store.send(records)
         except StoreError as error:
-            if error.code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST") or not self._store.is_open():
+            if error.code not in NOT_TAKEN or not self._store.is_open():
                 raise
             if len(records) > 1:
                 for record in records:

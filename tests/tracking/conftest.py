@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,6 +126,18 @@ def begin(tmp_path: Path) -> Callable[..., MlflowTracker]:
         return MlflowTracker.start(run_dir, uri=uri, experiment=experiment, **given)  # type: ignore[arg-type]
 
     return start
+
+
+@pytest.fixture
+def shown_table(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Any]:
+    """The data frame that MLflow makes of a run's ``per_case.json``, from a store's URI and the run's id."""
+
+    def load(uri: str, run_id: str) -> Any:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # load_table looks for runs in the store of the process
+        client = open_store(uri)
+        return client.load_table(client.get_run(run_id).info.experiment_id, "per_case.json", [run_id])
+
+    return load
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:

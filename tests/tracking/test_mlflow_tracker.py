@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -106,6 +107,82 @@ def test_a_run_arrives_with_everything_in_it(store: str, begin: Begin, tmp_path:
     pictures = sorted(path for path in logged if path.startswith("images/case_1+step+20+"))
     assert [path.rsplit(".")[-1] for path in pictures] == ["webp", "png"]
     assert len(logged) == 5
+
+
+TABLE = "case,organ,patient,dice,note\n001,liver,7,0.5,\n001,spleen,7,,missed\n"
+
+
+def test_a_table_is_shown_by_mlflow_with_numbers_as_numbers(
+    store: str, begin: Begin, tmp_path: Path, shown_table: Callable[[str, str], Any]
+) -> None:
+    tracker = begin(store)
+    (tmp_path / "run" / "per_case.csv").write_text(TABLE)
+    tracker.log_table(tmp_path / "run" / "per_case.csv")
+    tracker.finish("FINISHED")
+    again = begin(store)  # a resumed run logs it once more
+    again.log_table(tmp_path / "run" / "per_case.csv")
+    again.finish("FINISHED")
+
+    table = shown_table(store, tracker.run_id)
+    assert list(table.columns) == ["case", "organ", "patient", "dice", "note"]
+    assert list(table["organ"]) == ["liver", "spleen"]
+    assert table["dice"][0] == 0.5
+    assert math.isnan(table["dice"][1])
+    assert list(table["note"]) == ["", "missed"]
+    assert sorted(artifacts(store, tracker.run_id)) == ["per_case.csv", "per_case.json"]
+    shown = open_store(store).get_run(tracker.run_id).data.tags["mlflow.loggedArtifacts"]
+    assert json.loads(shown) == [{"path": "per_case.json", "type": "table"}]
+    raw = json.loads((tmp_path / "run" / "per_case.json").read_text())
+    assert raw["data"][1] == ["001", "spleen", "7", None, "missed"]
+
+
+def test_a_data_set_is_named_with_its_digest_once_however_often_it_is_told(store: str, begin: Begin) -> None:
+    for _ in range(2):
+        tracker = begin(store)
+        tracker.log_data_set("liver_ct", "0123456789abcdef" * 4, source="../liver.json", profile={"cases": 131})
+        tracker.finish("FINISHED")
+    client = open_store(store)
+    (told,) = client.get_run(tracker.run_id).inputs.dataset_inputs
+    assert (told.dataset.name, told.dataset.digest) == ("liver_ct", "0123456789abcdef0123456789abcdef0123")
+    assert json.loads(told.dataset.source) == {"uri": "../liver.json"}
+    assert json.loads(told.dataset.profile) == {"cases": 131}
+    experiment = client.get_experiment_by_name("liver")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], "dataset.name = 'liver_ct'")
+    assert [run.info.run_id for run in found] == [tracker.run_id]
+
+
+def test_what_a_server_of_another_age_does_not_know_holds_up_nothing_else(
+    store: str, begin: Begin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
+
+    def unknown(*_: object, **__: object) -> None:
+        raise MlflowException("No such endpoint", ENDPOINT_NOT_FOUND)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", unknown)
+    tracker = begin(store)
+    tracker.log_data_set("liver_ct", "0" * 64, source="liver.json", profile={})
+    tracker.log_metrics({"train/loss": 0.5}, 1)
+    tracker.finish("FINISHED")
+    assert history(store, tracker.run_id, "train/loss") == [(1, 0.5)]
+    assert "W-TRACK-REFUSED" in caplog.text
+
+
+def test_tags_of_a_run_under_way_can_be_searched_by(store: str, begin: Begin, tmp_path: Path) -> None:
+    runs = {}
+    for network in ("unet", "vnet"):
+        tracker = begin(store, run_dir=tmp_path / network, tags={"medseg.network": network})
+        tracker.log_tags({"medseg.manifest_sha256": "ab" * 32})
+        tracker.finish("FINISHED")
+        runs[network] = tracker.run_id
+    client = open_store(store)
+    experiment = client.get_experiment_by_name("liver")
+    assert experiment is not None
+    wanted = f"tags.medseg.network = 'vnet' and tags.medseg.manifest_sha256 = '{'ab' * 32}'"
+    assert [run.info.run_id for run in client.search_runs([experiment.experiment_id], wanted)] == [runs["vnet"]]
 
 
 def test_a_resumed_run_is_the_same_one_and_replayed_steps_count_once(store: str, begin: Begin) -> None:
@@ -256,6 +333,9 @@ def test_training_finishes_and_everything_arrives_when_the_server_is_back(
     for step in range(2, 200):
         tracker.log_metrics({"train/loss": 1 / step}, step)
     tracker.log_picture(np.zeros((8, 8, 3), np.uint8), "case_1", 200)
+    (tmp_path / "run" / "per_case.csv").write_text(TABLE)
+    tracker.log_table(tmp_path / "run" / "per_case.csv")
+    tracker.log_data_set("liver_ct", "0" * 64, source="liver.json", profile={})
     assert time.monotonic() - began < 1  # nobody waited
     tracker.finish("FINISHED")
     assert time.monotonic() - began < 20  # connection refused is quick; the machine may be busy
@@ -266,11 +346,16 @@ def test_training_finishes_and_everything_arrives_when_the_server_is_back(
         sync(tmp_path / "run")
 
     server.start()
-    assert sync(tmp_path / "run") == 200
+    assert sync(tmp_path / "run") == 203
     assert sync(tmp_path / "run") == 0
     assert history(server.uri, run_id, "train/loss") == [(step, 1 / step) for step in range(1, 200)]
     assert open_store(server.uri).get_run(run_id).info.status == "FINISHED"
-    assert len(artifacts(server.uri, run_id)) == 2  # the picture and its thumbnail
+    logged = artifacts(server.uri, run_id)
+    assert len([path for path in logged if path.startswith("images/")]) == 2  # the picture and its thumbnail
+    assert {"per_case.csv", "per_case.json"} <= set(logged)
+    run = open_store(server.uri).get_run(run_id)
+    assert "per_case.json" in run.data.tags["mlflow.loggedArtifacts"]
+    assert [told.dataset.name for told in run.inputs.dataset_inputs] == ["liver_ct"]
 
 
 def test_a_server_that_hangs_for_a_while_costs_nothing_and_gets_each_step_once(

@@ -1,16 +1,26 @@
 from __future__ import annotations
 
 import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from medseg.errors import ModelError, WorkflowError
-from medseg.tracking.mlflow_tracker import MlflowTracker
-from medseg.tracking.runs import model_folder, per_case_table, serve_ui
+from medseg.tracking.mlflow_tracker import MlflowTracker, open_store
+from medseg.tracking.runs import (
+    experiment_runs,
+    log_comparison,
+    model_folder,
+    per_case_table,
+    register,
+    serve_ui,
+    tracked_run,
+)
 
 from .conftest import Server
 
@@ -99,6 +109,186 @@ def test_the_ui_is_not_opened_to_the_network_without_passwords(store: str, host:
 def test_there_is_no_ui_for_servers_or_for_stores_that_do_not_exist(uri: str) -> None:
     with pytest.raises(WorkflowError, match="E-UI-STORE"):
         serve_ui(uri)
+
+
+def with_table(client: Any, experiment: str, dice: float, *, num_rows: int = 1, **tags: str) -> str:
+    """A finished run of another machine, whose table is in the store alone; its id."""
+    run = client.create_run(experiment, tags=tags, run_name=f"dice {dice}")
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    folder.mkdir(parents=True)
+    rows = "".join(f"case_{n // 10:03d},organ_{n % 10},{dice},\n" for n in range(num_rows))
+    (folder / "per_case.csv").write_text(f"case,organ,dice,note\n{rows}")
+    client.set_terminated(run.info.run_id)
+    return str(run.info.run_id)
+
+
+@pytest.fixture
+def experiment(store: str, tmp_path: Path) -> str:
+    """Id of an empty experiment, "liver"."""
+    return str(open_store(store).create_experiment("liver", artifact_location=(tmp_path / "artifacts").as_uri()))
+
+
+def test_a_tracked_run_has_its_parameters_tags_and_rows(finished: MlflowTracker, store: str) -> None:
+    run = tracked_run(finished.run_id, store)
+    assert (run.run_id, run.name) == (finished.run_id, "fold0")
+    assert run.params["train.lr"] == "0.001"
+    assert run.tags["medseg.fold"] == "0"
+    assert run.rows == [{"case": "a", "organ": "liver", "dice": "0.5"}]
+
+
+def test_forty_runs_with_tables_of_200_rows_are_read_fast(store: str, experiment: str) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    client = open_store(store)
+    for n in range(40):
+        run_id = with_table(client, experiment, n / 40, num_rows=200)
+        client.log_batch(
+            run_id,
+            metrics=[Metric(f"val/dice/organ_{organ}", n / 40, step, step) for organ in range(10) for step in range(5)],
+            params=[Param("network.name", "unet"), Param("train.seed", str(n))],
+            tags=[RunTag("medseg.manifest_sha256", "ab" * 32)],
+        )
+    began = time.process_time()  # of this process: the machine may be busy
+    runs = experiment_runs("liver", store)
+    assert time.process_time() - began < 2.5
+    assert len({run.run_id for run in runs}) == 40
+    assert {len(run.rows) for run in runs} == {200}
+    assert {run.params["train.seed"] for run in runs} == {str(n) for n in range(40)}
+    assert {run.tags["medseg.manifest_sha256"] for run in runs} == {"ab" * 32}
+    for run in runs:
+        assert {float(row["dice"]) for row in run.rows} == {float(run.params["train.seed"]) / 40}
+
+
+def test_a_cross_validation_counts_by_its_joint_table_alone(store: str, experiment: str) -> None:
+    client = open_store(store)
+    parent = with_table(client, experiment, 0.5)
+    for dice in (0.25, 0.75):
+        with_table(client, experiment, dice, **{"mlflow.parentRunId": parent})
+    unfinished = client.create_run(experiment).info.run_id
+    orphan = with_table(client, experiment, 0.125, **{"mlflow.parentRunId": unfinished})
+    assert [run.run_id for run in experiment_runs("liver", store)] == [orphan, parent]
+
+
+def test_runs_without_a_table_and_runs_under_way_are_left_out(store: str, experiment: str) -> None:
+    client = open_store(store)
+    client.set_terminated(client.create_run(experiment).info.run_id)
+    client.set_terminated(with_table(client, experiment, 0.5), status="FAILED")
+    done = with_table(client, experiment, 0.75)
+    assert [run.run_id for run in experiment_runs("liver", store)] == [done]
+
+
+def test_an_unknown_experiment_names_the_nearest(store: str, experiment: str) -> None:
+    with pytest.raises(ModelError, match=r"E-EXPERIMENT livre: .*did you mean 'liver'"):
+        experiment_runs("livre", store)
+
+
+def test_tables_behind_a_server_are_downloaded_and_a_comparison_is_put_beside_them(
+    server: Server,
+    begin: Begin,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shown_table: Callable[[str, str], Any],
+) -> None:
+    monkeypatch.setenv("MEDSEG_CACHE", str(tmp_path / "cache"))
+    ids = set()
+    for name in ("a", "b"):
+        tracker = begin(server.uri, run_dir=tmp_path / name, experiment="remote")
+        (tmp_path / name / "per_case.csv").write_text(f"case,organ,dice\n{name},liver,0.5\n")
+        tracker.log_table(tmp_path / name / "per_case.csv")
+        tracker.finish("FINISHED")
+        shutil.rmtree(tmp_path / name)
+        ids.add(tracker.run_id)
+    runs = experiment_runs("remote", server.uri)
+    assert {run.run_id for run in runs} == ids
+    assert sorted(run.rows[0]["case"] for run in runs) == ["a", "b"]
+
+    folder = tmp_path / "unet vs vnet"
+    folder.mkdir()
+    (folder / "page.html").write_text("<!doctype html>")
+    log_comparison(runs[0].run_id, folder, server.uri)
+    found = open_store(server.uri).list_artifacts(runs[0].run_id, "comparisons/unet vs vnet")
+    assert [item.path for item in found] == ["comparisons/unet vs vnet/page.html"]
+    table = shown_table(server.uri, runs[0].run_id)
+    assert table["dice"].tolist() == [0.5]
+
+
+def test_an_alias_means_the_run_that_has_it_now(
+    finished: MlflowTracker, store: str, begin: Begin, tmp_path: Path
+) -> None:
+    told = register(str(tmp_path / "run"), "liver", alias="champion")
+    assert told == {
+        "name": "liver",
+        "version": 1,
+        "alias": "champion",
+        "run_id": finished.run_id,
+        "model": "models:/liver@champion",
+    }
+    assert model_folder("models:/liver@champion", store) == tmp_path / "run" / "model"
+    assert model_folder("models:/liver/1", store) == tmp_path / "run" / "model"
+    better = begin(store, run_dir=tmp_path / "better")
+    (tmp_path / "better" / "model").mkdir()
+    (tmp_path / "better" / "model" / "model.json").write_text('{"format": 1}')
+    better.log_file(tmp_path / "better" / "model")
+    better.finish("FINISHED")
+    assert register(better.run_id, "liver", alias="champion", tracking_uri=store)["version"] == 2
+    assert model_folder("models:/liver@champion", store) == tmp_path / "better" / "model"
+    back = register(finished.run_id, "liver", alias="champion", tracking_uri=store)
+    assert back["version"] == 1  # not a third one
+    assert model_folder("models:/liver@champion", store) == tmp_path / "run" / "model"
+
+
+def test_a_registered_model_is_downloaded_from_a_server(
+    server: Server, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDSEG_CACHE", str(tmp_path / "cache"))
+    tracker = begin(server.uri, experiment="registered")
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / "model.json").write_text('{"format": 1}')
+    tracker.log_file(tmp_path / "run" / "model")
+    tracker.finish("FINISHED")
+    shutil.rmtree(tmp_path / "run")
+    register(tracker.run_id, "remote", alias="champion", tracking_uri=server.uri)
+    folder = model_folder("models:/remote@champion", server.uri)
+    assert (folder / "model.json").read_text() == '{"format": 1}'
+    assert folder.is_relative_to(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("models:/liver@best", r"it has champion \(version 1\); medseg register RUN liver --alias best"),
+        ("models:/liver/7", r"E-REGISTRY .*it has champion"),
+        ("models:/spleen@best", r"E-REGISTRY .*medseg register RUN spleen --alias best"),
+        ("models:/liver", r"write models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("models:/@best", r"write models:/NAME@ALIAS or models:/NAME/VERSION"),
+    ],
+)
+def test_what_is_not_registered_says_what_is(finished: MlflowTracker, store: str, model: str, message: str) -> None:
+    register(finished.run_id, "liver", alias="champion", tracking_uri=store)
+    with pytest.raises(ModelError, match=message):
+        model_folder(model, store)
+
+
+def test_a_registered_model_is_what_predict_loads(finished: MlflowTracker, store: str, tmp_path: Path) -> None:
+    from medseg.build.model import find_model  # torch takes seconds to import
+
+    register(finished.run_id, "liver", alias="champion", tracking_uri=store)
+    assert find_model("models:/liver@champion", store) == tmp_path / "run" / "model"
+
+
+def test_a_run_without_a_model_is_not_registered(store: str, begin: Begin) -> None:
+    tracker = begin(store)
+    tracker.finish("FINISHED")
+    with pytest.raises(ModelError, match="E-RUN-ARTIFACT"):
+        register(tracker.run_id, "liver", tracking_uri=store)
+    assert open_store(store).search_registered_models() == []  # not even an empty one
+
+
+def test_names_that_mlflow_does_not_take_are_told(finished: MlflowTracker, store: str) -> None:
+    with pytest.raises(WorkflowError, match="E-REGISTRY"):
+        register(finished.run_id, "liver/ct", tracking_uri=store)
+    with pytest.raises(WorkflowError, match="E-REGISTRY"):
+        register(finished.run_id, "liver", alias="latest", tracking_uri=store)
 
 
 def test_the_ui_answers_until_it_is_interrupted(server: Server) -> None:
