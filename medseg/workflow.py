@@ -131,7 +131,9 @@ class Train(Section):
 
 class Validate(Section):
     fold: Annotated[int, Field(ge=0)] = 0
-    metrics: tuple[Literal["dice"], ...] = ("dice",)
+    metrics: tuple[str, ...] = Field(
+        ("dice", "iou", "hd95"), description="of the table at the end, see medseg metrics; dice is always there"
+    )
     overlap: Overlap = 0.25
     max_cases: PositiveInt = Field(20, description="during training; all cases at the end")
     unions: dict[str, tuple[int, ...]] = Field(

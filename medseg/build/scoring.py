@@ -14,6 +14,8 @@ from medseg.build.data import TrainingData
 from medseg.build.model import predictor
 from medseg.data.sources import read_label_map
 from medseg.display import track
+from medseg.errors import WorkflowError
+from medseg.metrics import METRICS
 from medseg.metrics.table import Score, score_case, summarize
 from medseg.training.memory import LARGE_SCAN, memory_told
 from medseg.workflow import Workflow
@@ -37,17 +39,38 @@ def score_held_out(
     """
     segment = predictor(str(run), device=device, weights=weights, precision=plan.train.precision)
     scores: list[Score] = []
+    numbers = data.manifest.patient_numbers()
     for case in track(data.held_out, f"scoring the {called} checkpoint"):
         assert case.label is not None
         with memory_told(LARGE_SCAN, where=f"case {case.id}"):
             prediction = segment.segment(case.images).label
             reference = read_label_map(case.label, data.preprocessing, images=case.images, labels=data.labels)
-            scores += score_case(case.id, reference, prediction, data.labels, unions=plan.validate_.unions)
+            scores += score_case(
+                case.id,
+                reference,
+                prediction,
+                data.labels,
+                unions=plan.validate_.unions,
+                metrics=tuple(dict.fromkeys(("dice", *plan.validate_.metrics))),
+                patient=numbers[case.patient],
+            )
     return scores
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Refuse, before a training, what its end could not compute.
+
+    Raises:
+        WorkflowError: If a metric is unknown, or needs probabilities.
+    """
+    for name in names:
+        if METRICS[name].needs_probabilities:
+            message = f"metric {name!r} needs probabilities, which are not kept; see medseg evaluate"
+            raise WorkflowError("E-METRIC-PROBABILITIES", message)
 
 
 def dice_result(scores: Sequence[Score], organs: Sequence[str]) -> dict[str, Any]:
     """What a training's result says of its scores: ``mean_dice`` over the organs, ``dice`` of each organ and union."""
-    dice = {organ: metrics["dice"]["mean"] for organ, metrics in summarize(scores).items()}
+    dice = {organ: metrics["dice"]["mean"] for organ, metrics in summarize(scores).items() if "dice" in metrics}
     known = [dice[organ] for organ in organs if not math.isnan(dice[organ])]
     return {"mean_dice": float(np.mean(known)) if known else math.nan, "dice": dice}

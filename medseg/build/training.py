@@ -20,6 +20,7 @@ from medseg.build.balance import balanced_weights, with_class_weights
 from medseg.build.data import TrainingData
 from medseg.build.memory import check_step_fits
 from medseg.build.model import Hardware, find_model, network, specification
+from medseg.build.scoring import check_metrics
 from medseg.data.augment import Augmentation, augmentation
 from medseg.data.dataset import CachedCase, PatchDataset, StepSampler, patch_loader
 from medseg.data.manifest import Manifest, expand_variables
@@ -69,6 +70,8 @@ def check_parts(workflow: Workflow, source: Manifest, hardware: Hardware | None 
     any_weights = (1.0,) * source.labels.num_outputs
     _try_loss(workflow, source.labels, loss(with_class_weights(workflow, any_weights), net))
     _augmentation(workflow, source.labels, spec)
+    with workflow.blamed("validate", "metrics"):
+        check_metrics(workflow.validate_.metrics)
     with workflow.blamed("infer", "postprocess"):
         check_steps(workflow.infer.postprocess, source.labels)
     with workflow.blamed("infer", "mirror_axes"):

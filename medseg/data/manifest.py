@@ -263,11 +263,15 @@ class Manifest:
         fold_of = assign_folds([case.patient for case in self.training])
         return {case.id: fold_of[case.patient] for case in self.training}
 
+    def patient_numbers(self) -> dict[str, str]:
+        """What patients are called in everything that is written: names belong in none of it."""
+        patients = dict.fromkeys(case.patient for case in (*self.training, *self.test))
+        return {patient: f"{number:04d}" for number, patient in enumerate(patients)}
+
     def to_dict(self, hashes: Mapping[Path, str] | None = None) -> dict[str, Any]:
         """The manifest with everything spelled out: absolute paths, folds, file hashes, and patients as numbers."""
         folds = self.folds() if self.training else {}
-        patients = dict.fromkeys(case.patient for case in (*self.training, *self.test))
-        number_of = {patient: f"{number:04d}" for number, patient in enumerate(patients)}
+        number_of = self.patient_numbers()
 
         def entry(case: Case) -> dict[str, Any]:
             images = [str(image) for image in case.images]
