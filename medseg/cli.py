@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from medseg import __version__
+from medseg.errors import WorkflowError
 from medseg.outcome import (
     REFUSED,
     SOME_CASES_FAILED,
@@ -206,22 +207,50 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run folders or MLflow run ids.")],
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN RUN...",
+            help="Run folders, folders of `medseg evaluate`, CSV tables, or MLflow run ids; the first is held to.",
+        ),
+    ] = None,
     *,
-    metric: Annotated[str, typer.Option(help="What to compare by.")] = "dice",
+    metric: Annotated[str, typer.Option(help="What to compare by: a column of the runs' per_case.csv.")] = "dice",
+    experiment: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Rank all finished runs of an MLflow experiment instead.")
+    ] = None,
     uri: TrackingUri = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the tables.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the tables, the figure and the page.")
+    ] = None,
     fail_if_worse: Annotated[
         bool, typer.Option("--fail-if-worse", help="Exit with 2 if a run is worse than the first on average.")
     ] = False,
+    log: Annotated[
+        bool, typer.Option("--log/--no-log", help="Put the comparison beside the artifacts of runs named by MLflow id.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs, paired by case and organ."""
+    """Compare runs, paired by case and organ, with intervals and tests."""
+    if experiment is not None and (runs or fail_if_worse):
+        raise WorkflowError(
+            "E-COMPARE-RUNS", "ranks all its runs; give neither runs nor --fail-if-worse", "--experiment"
+        )
     with stdout_kept_free():
-        from medseg.compare import compare, comparison_table
+        if experiment is not None:
+            from medseg.compare import rank_experiment, ranking_table
 
-        result = compare(runs, metric=metric, tracking_uri=uri, output=output, fail_if_worse=fail_if_worse)
-    print_result(result, as_json, comparison_table)
+            ranked = rank_experiment(experiment, metric=metric, tracking_uri=uri, output=output)
+        else:
+            from medseg.compare import compare, comparison_table
+
+            result = compare(
+                runs or [], metric=metric, tracking_uri=uri, output=output, fail_if_worse=fail_if_worse, log=log
+            )
+    if experiment is not None:
+        print_result(ranked, as_json, ranking_table)
+    else:
+        print_result(result, as_json, comparison_table)
 
 
 @app.command()

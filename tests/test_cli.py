@@ -139,6 +139,12 @@ def test_compare_hands_over_all_runs_in_their_order(fake: Fake) -> None:
     assert medseg("compare", "b", "a", "c", "--fail-if-worse").exit_code == 0
     assert calls[0]["args"] == (["b", "a", "c"],)
     assert calls[0]["fail_if_worse"] is True
+    assert calls[0]["log"] is True
+
+
+def test_an_experiment_is_ranked_instead_of_runs(fake: Fake) -> None:
+    assert medseg("compare", "a", "--experiment", "liver").exit_code == 2
+    assert "E-COMPARE-RUNS" in medseg("compare", "--experiment", "liver", "--fail-if-worse").stderr
 
 
 def test_json_is_one_object_on_stdout_and_all_else_goes_to_stderr(fake: Fake) -> None:

@@ -3,14 +3,22 @@ from __future__ import annotations
 import csv
 import json
 import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
+from scipy import stats
 
 from medseg import compare as module
-from medseg.compare import compare, comparison_table
-from medseg.errors import DataError, WorkflowError
+from medseg.compare import compare, comparison_table, rank_experiment, ranking_table
+from medseg.errors import DataError, ModelError, WorkflowError
+from medseg.metrics.statistics import bootstrap_ci
+from medseg.outcome import print_result
+from medseg.tracking.mlflow_tracker import open_store
+from medseg.tracking.runs import TrackedRun
 
 BEFORE = """case,organ,dice,hd95,note
 a,liver,0.90,4.0,
@@ -72,7 +80,14 @@ def test_every_run_is_held_to_the_first(runs: list[str]) -> None:
     result = compare([runs[0], runs[1], runs[0]])
     assert result["baseline"] == runs[0]
     assert [c["run"] for c in result["comparisons"]] == [runs[1], runs[0]]
-    json.dumps(result, allow_nan=False)
+
+
+def test_the_result_is_json_with_null_for_what_is_not_a_number(
+    runs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_result(compare(runs), as_json=True)
+    spleen = json.loads(capsys.readouterr().out)["comparisons"][0]["organs"]["spleen"]
+    assert (spleen["n"], spleen["p"], spleen["ci95"]) == (1, None, [None, None])
 
 
 def test_a_worse_run_fails_when_asked_but_its_tables_are_written(runs: list[str], tmp_path: Path) -> None:
@@ -97,17 +112,41 @@ def test_an_organ_scored_nowhere_leaves_the_mean_alone(tmp_path: Path) -> None:
 
 
 def test_an_mlflow_run_id_stands_for_its_table(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, logged = [], []
 
-    def table(run_id: str, uri: str | None) -> list[dict[str, str]]:
+    def run(run_id: str, uri: str | None) -> TrackedRun:
         asked.append((run_id, uri))
-        return list(csv.DictReader(NOW.splitlines()))
+        return TrackedRun(run_id, "liver-fold0", {}, {}, list(csv.DictReader(NOW.splitlines())))
 
-    monkeypatch.setattr(module, "per_case_table", table)
+    def log(run_id: str, folder: Path, uri: str | None) -> None:
+        logged.append((run_id, uri, folder.name, sorted(path.name for path in folder.iterdir())))
+
+    monkeypatch.setattr(module, "tracked_run", run)
+    monkeypatch.setattr(module, "log_comparison", log)
     run_id = "0123456789abcdef" * 2
     by_id = compare([runs[0], run_id], tracking_uri="http://store")["comparisons"][0]
-    assert by_id == {**compare(runs)["comparisons"][0], "run": run_id}
+    assert by_id["label"] == "liver-fold0 (01234567)"
+    by_folder = compare(runs)["comparisons"][0]
+    assert repr({**by_id, "run": 0, "label": 0}) == repr({**by_folder, "run": 0, "label": 0})  # NaN is not itself
     assert asked == [(run_id, "http://store")]
+    ((logged_to, uri, folder, files),) = logged
+    assert (logged_to, uri) == (run_id, "http://store")
+    assert folder.startswith("dice-")
+    assert files == ["comparison.csv", "comparison.html", "comparison.png", "pairs.csv"]
+    compare([runs[0], run_id], tracking_uri="http://store", log=False)
+    assert len(logged) == 1
+
+
+def test_a_store_that_takes_no_comparison_is_a_warning(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def log(run_id: str, folder: Path, uri: str | None) -> None:
+        raise ModelError("E-TRACK-DOWN", "does not answer: Connection refused")
+
+    rows = list(csv.DictReader(NOW.splitlines()))
+    monkeypatch.setattr(module, "tracked_run", lambda run_id, uri: TrackedRun(run_id, "x", {}, {}, rows))
+    monkeypatch.setattr(module, "log_comparison", log)
+    result = compare([runs[0], "some-id"])
+    assert "W-COMPARE-LOG" in result["warnings"][-1]
+    assert "Connection refused" in result["warnings"][-1]
 
 
 def test_runs_without_a_common_case_are_refused(runs: list[str], tmp_path: Path) -> None:
@@ -147,16 +186,24 @@ def test_a_folder_without_a_table_says_what_to_do(tmp_path: Path) -> None:
         compare([str(tmp_path), str(tmp_path)])
 
 
-def test_people_see_a_row_per_organ_and_what_was_left_out(runs: list[str]) -> None:
-    console = Console(width=200)
+def shown(table: RenderableType, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
-        console.print(comparison_table(compare(runs)))
-    rows = [line.replace("│", " ").split() for line in capture.get().splitlines()]
-    assert [runs[1], "liver", "3", "0.700", "0.727", "+0.027", "1", "/", "1", "/", "1"] in rows
-    assert "left out, as only one of two runs has them: d, e" in capture.get()
+        console.print(table)
+    return capture.get()
 
 
-def test_a_run_that_lacks_a_result_of_the_first_is_worse(tmp_path):
+def test_people_see_a_row_per_organ_and_what_was_left_out(runs: list[str]) -> None:
+    text = shown(comparison_table(compare(runs)))
+    rows = [line.split() for line in text.splitlines()]
+    liver = next(row for row in rows if row[:1] == ["liver"])
+    assert liver[:5] == ["liver", "3", "0.700", "0.727", "+0.027"]
+    assert liver[7:] == ["too", "few", "+0.33", "1/1/1", "1→0"]
+    assert "only one of the two runs has them: cases d, e" in text
+    assert "fewer than 6 patients" in text
+
+
+def test_a_run_that_lacks_a_result_of_the_first_is_worse(tmp_path: Path) -> None:
     whole, part = tmp_path / "whole.csv", tmp_path / "part.csv"
     whole.write_text("case,organ,dice\na,liver,0.9\na,tumour,0.5\n")
     part.write_text("case,organ,dice\na,liver,0.95\n")
@@ -164,3 +211,226 @@ def test_a_run_that_lacks_a_result_of_the_first_is_worse(tmp_path):
     assert found["lost"] == [["a", "tumour"]]
     with pytest.raises(DataError, match="E-COMPARE-WORSE"):
         compare([str(whole), str(part)], fail_if_worse=True)
+
+
+ORGANS = ("anterior", "posterior", "whole")
+
+
+def write_run(
+    path: Path, seed: int, *, gain: float = 0.0, cases: int = 20, tags: dict[str, str] | None = None, scans: int = 1
+) -> str:
+    """A run folder with Dice of cases that are as hard in every run."""
+    hard, noise = np.random.default_rng(0), np.random.default_rng(seed)
+    path.mkdir()
+    lines = ["case,organ,patient,dice"]
+    for n in range(cases):
+        for organ, base in zip(ORGANS, hard.normal(0.85, 0.04, 3), strict=True):
+            dice = base + noise.normal(gain, 0.02)
+            lines.append(f"case{n:02d},{organ},patient{n // scans:02d},{dice:.6f}")
+    (path / "per_case.csv").write_text("\n".join(lines) + "\n")
+    if tags:
+        (path / "model").mkdir()
+        (path / "model" / "model.json").write_text(json.dumps({"provenance": tags}))
+    return str(path)
+
+
+def paired(output: Path, runs: Sequence[str]) -> dict[str, list[tuple[str, float, float]]]:
+    """By organ: patient and both values, read from the CSV without medseg."""
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    with (output / "pairs.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            found.setdefault(row["organ"], []).append((row["patient"], float(row[runs[0]]), float(row[runs[1]])))
+    return found
+
+
+def test_the_statistics_are_scipys_on_the_same_csv(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", 1), write_run(tmp_path / "b", 2, gain=0.012)]
+    (comparison,) = compare(runs, output=tmp_path / "out")["comparisons"]
+    pairs = paired(tmp_path / "out", runs)
+    differences = {organ: np.array([b - a for _, a, b in rows]) for organ, rows in pairs.items()}
+    p = {organ: stats.wilcoxon(d, method="exact").pvalue for organ, d in differences.items()}
+    ordered = sorted(p, key=lambda organ: p[organ])
+    corrected = np.maximum.accumulate([min(1, p[organ] * (3 - n)) for n, organ in enumerate(ordered)])
+    with (tmp_path / "out" / "comparison.csv").open(newline="") as stream:
+        table = {row["organ"]: row for row in csv.DictReader(stream)}
+    for organ, p_holm in zip(ordered, corrected, strict=True):
+        found, d = comparison["organs"][organ], differences[organ]
+        assert found["n"] == found["n_patients"] == 20
+        assert found["difference"] == pytest.approx(d.mean())
+        assert found["p"] == pytest.approx(p[organ])
+        assert found["p_holm"] == pytest.approx(p_holm)
+        more = stats.wilcoxon(d, alternative="greater").statistic
+        assert found["effect_size"] == pytest.approx((2 * more - 210) / 210)
+        assert (found["wins"], found["losses"]) == ((d > 0).sum(), (d < 0).sum())
+        t = stats.bootstrap((d,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+        assert found["ci95"] == pytest.approx(tuple(t), abs=0.15 * (t.high - t.low))  # ours is a little wider
+        assert float(table[organ]["p_holm"]) == pytest.approx(p_holm)
+        assert float(table[organ]["ci95_low"]) == found["ci95"][0]
+    joint = np.stack(list(differences.values()), axis=1)
+    assert comparison["mean_difference"] == pytest.approx(joint.mean())
+    assert comparison["mean_ci95"] == pytest.approx(bootstrap_ci(joint.mean(axis=1)), abs=1e-9)
+
+
+def test_scans_of_one_patient_are_resampled_together_and_tested_as_one(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", 1, scans=2), write_run(tmp_path / "b", 2, scans=2)]
+    (comparison,) = compare(runs, output=tmp_path / "out")["comparisons"]
+    for organ, rows in paired(tmp_path / "out", runs).items():
+        found = comparison["organs"][organ]
+        assert (found["n"], found["n_patients"]) == (20, 10)
+        d = np.array([b - a for _, a, b in rows])
+        assert found["p"] == pytest.approx(stats.wilcoxon(d.reshape(10, 2).mean(axis=1), method="exact").pvalue)
+        assert found["ci95"] == pytest.approx(bootstrap_ci(d.reshape(10, 2).mean(axis=1)), abs=1e-9)
+
+
+def test_holms_correction_is_over_all_runs_and_organs(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(n), n, gain=0.004 * n) for n in range(3)]
+    found = [organ for c in compare(runs)["comparisons"] for organ in c["organs"].values()]
+    assert len(found) == 6
+    smallest = min(found, key=lambda organ: organ["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1, 6 * smallest["p"]))
+
+
+MISSES = """case,organ,hd95,diagonal_mm,note
+a,liver,4.0,300,
+b,liver,,300,missed
+c,liver,,300,missed
+d,liver,,300,absent in both
+e,liver,,300,absent in both
+f,liver,2.0,300,
+"""
+FINDS = """case,organ,hd95,note
+a,liver,5.0,
+b,liver,6.0,
+c,liver,,missed
+d,liver,,false positive: absent in the reference
+e,liver,,absent in both
+f,liver,,missed
+"""
+
+
+def test_a_missed_or_invented_organ_is_as_far_off_as_the_scan_is_long(tmp_path: Path) -> None:
+    runs = [str(tmp_path / "misses.csv"), str(tmp_path / "finds.csv")]
+    for path, text in zip(runs, (MISSES, FINDS), strict=True):
+        Path(path).write_text(text)
+    (comparison,) = compare(runs, metric="hd95", output=tmp_path / "out")["comparisons"]
+    liver = comparison["organs"]["liver"]
+    assert liver["n"] == 5  # e has no liver, which both know
+    assert liver["baseline"] == pytest.approx((4 + 300 + 300 + 0 + 2) / 5)
+    assert liver["run"] == pytest.approx((5 + 6 + 300 + 300 + 300) / 5)
+    assert (liver["wins"], liver["ties"], liver["losses"]) == (1, 1, 3)
+    assert (liver["missed_baseline"], liver["missed_run"]) == (2, 2)
+    assert (liver["spurious_baseline"], liver["spurious_run"]) == (0, 1)
+    assert liver["n_unscored"] == 0
+    with (tmp_path / "out" / "pairs.csv").open(newline="") as stream:
+        assert [row[runs[1]] for row in csv.DictReader(stream)] == ["5.0", "6.0", "300.0", "300.0", "", "300.0"]
+
+
+def test_without_a_diagonal_missed_organs_are_left_out_said_and_worse(tmp_path: Path) -> None:
+    runs = [str(tmp_path / "misses.csv"), str(tmp_path / "finds.csv")]
+    for path, text in zip(runs, (MISSES.replace(",300,", ",,"), FINDS), strict=True):
+        Path(path).write_text(text)
+    result = compare(runs, metric="hd95")
+    (comparison,) = result["comparisons"]
+    assert comparison["organs"]["liver"]["n"] == 1
+    assert comparison["organs"]["liver"]["n_unscored"] == 4  # b, c, d, f
+    assert comparison["lost"] == [["f", "liver"]]
+    assert comparison["worse"]
+    assert any("4 pairs are left out" in warning and "diagonal_mm" in warning for warning in result["warnings"])
+
+
+def test_runs_of_other_data_are_compared_with_a_warning(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", 1, tags={"medseg.data_hash": "aaaa"}),
+        write_run(tmp_path / "b", 2, tags={"medseg.data_hash": "bbbb"}),
+        write_run(tmp_path / "c", 3),
+        write_run(tmp_path / "d", 3, tags={"medseg.data_hash": "aaaa"}),
+    ]
+    result = compare(runs, output=tmp_path / "out")
+    (warning,) = result["warnings"]
+    assert "different data" in warning
+    assert "aaaa (a); bbbb (b)" in warning
+    assert warning in shown(comparison_table(result)).replace("\n", "")
+    assert warning in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_runs_are_called_by_the_part_of_their_path_that_differs(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    runs = [write_run(tmp_path / "x" / name, n) for n, name in enumerate(("dice", "tversky"))]
+    result = compare(runs)
+    assert (result["baseline_label"], result["comparisons"][0]["label"]) == ("dice", "tversky")
+    assert result["baseline"] == runs[0]
+
+
+def tracked(path: Path, name: str, **tags: str) -> TrackedRun:
+    with (path / "per_case.csv").open(newline="") as stream:
+        return TrackedRun(f"{name:0>32}", name, {}, tags, list(csv.DictReader(stream)))
+
+
+def test_an_experiments_runs_are_ranked_on_the_cases_that_all_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [write_run(tmp_path / str(n), n, gain=0.01 * n, cases=20 - n) for n in range(3)]
+    runs = [tracked(Path(folder), f"run{n}") for n, folder in enumerate(folders)]
+    monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: runs)
+    result = rank_experiment("liver", output=tmp_path / "out")
+    assert result["n_cases"] == 18
+    assert "do not have the same cases" in result["warnings"][0]
+    values = np.array([[float(row["dice"]) for row in run.rows[: 18 * 3]] for run in runs]).reshape(3, 18, 3)
+    means = values.mean(axis=2)
+    assert [row["run"].split()[0] for row in result["ranking"]] == ["run2", "run1", "run0"]
+    p = [stats.wilcoxon(means[n] - means[2], method="exact").pvalue for n in (1, 0)]
+    for row, n, p_value in zip(result["ranking"], (2, 1, 0), (math.nan, *p), strict=True):
+        assert row["mean"] == pytest.approx(values[n].mean())
+        assert row["ci95"] == pytest.approx(bootstrap_ci(means[n]), abs=1e-9)
+        assert row["difference"] == pytest.approx(values[n].mean() - values[2].mean(), abs=1e-12)
+        assert row["p"] == pytest.approx(p_value, nan_ok=True)
+    assert min(row["p_holm"] for row in result["ranking"][1:]) == pytest.approx(2 * min(p))
+    assert "liver: 3 runs, 18 cases" in shown(ranking_table(result))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ranking.csv", "ranking.html", "ranking.png"}
+
+
+def test_runs_of_other_cases_are_not_ranked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [tracked(Path(write_run(tmp_path / str(n), n)), f"run{n}") for n in range(3)]
+    other = TrackedRun("9" * 32, "other", {}, {}, [{"case": "z", "organ": "whole", "dice": "1"}])
+    without = TrackedRun("8" * 32, "old", {}, {}, [{"case": "z", "organ": "whole", "iou": "1"}])
+    monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: [other, *runs, without])
+    result = rank_experiment("liver")
+    assert len(result["ranking"]) == 3
+    assert "old (88888888) is not ranked: its table has no dice" in result["warnings"]
+    assert any("other (99999999)" in warning for warning in result["warnings"])
+    monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: [other, runs[0]])
+    with pytest.raises(DataError, match="E-COMPARE-RUNS"):
+        rank_experiment("liver")
+
+
+def test_runs_of_a_store_are_ranked_and_what_is_compared_lies_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDSEG_CACHE", str(tmp_path / "cache"))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = open_store(uri)
+    experiment = client.create_experiment("liver", artifact_location=(tmp_path / "artifacts").as_uri())
+    for n in range(3):
+        folder = write_run(tmp_path / str(n), n, gain=0.01 * n)
+        run_id = client.create_run(experiment, run_name=f"run{n}").info.run_id
+        client.log_artifact(run_id, f"{folder}/per_case.csv")
+        client.set_terminated(run_id)
+    ranking = rank_experiment("liver", tracking_uri=uri)["ranking"]
+    assert [row["run"].split()[0] for row in ranking] == ["run2", "run1", "run0"]
+    first, second = (row["run_id"] for row in ranking[:2])
+    assert compare([first, second], tracking_uri=uri)["warnings"] == []
+    for run_id in (first, second):
+        (logged,) = client.list_artifacts(run_id, "comparisons")
+        assert "comparison.html" in {Path(entry.path).name for entry in client.list_artifacts(run_id, logged.path)}
+
+
+def test_forty_runs_of_a_hundred_cases_are_ranked_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [tracked(Path(write_run(tmp_path / str(n), n, gain=0.001 * n, cases=100)), f"run{n}") for n in range(40)]
+    monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: runs)
+    start = time.process_time()
+    ranking = rank_experiment("liver")["ranking"]
+    seconds = time.process_time() - start
+    assert len(ranking) == 40
+    assert ranking[0]["mean"] - ranking[-1]["mean"] > 0.02
+    assert ranking[-1]["p_holm"] < 0.001
+    assert seconds < 3  # reading them from the store comes on top

@@ -160,15 +160,6 @@ def experiment_runs(experiment: str, uri: str | None = None) -> list[TrackedRun]
         return list(pool.map(lambda run: _with_rows(client, run), runs))
 
 
-def per_case_table(run_id: str, uri: str | None = None) -> list[dict[str, str]]:
-    """The rows of a run's ``per_case.csv``: case, organ, and a column a metric.
-
-    Raises:
-        ModelError: If there is no such run, or it has logged no table.
-    """
-    return tracked_run(run_id, uri).rows
-
-
 def log_comparison(run_id: str, folder: Path, uri: str | None = None) -> None:
     """Put a folder beside a run's artifacts, in ``comparisons``; one of the same name is replaced file by file.
 

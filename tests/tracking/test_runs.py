@@ -16,7 +16,6 @@ from medseg.tracking.runs import (
     experiment_runs,
     log_comparison,
     model_folder,
-    per_case_table,
     register,
     serve_ui,
     tracked_run,
@@ -44,7 +43,7 @@ def finished(store: str, begin: Begin, tmp_path: Path) -> MlflowTracker:
 
 def test_a_run_on_this_machine_is_read_from_its_folder(finished: MlflowTracker, store: str, tmp_path: Path) -> None:
     assert model_folder(finished.run_id, store) == tmp_path / "run" / "model"
-    assert per_case_table(finished.run_id, store) == [{"case": "a", "organ": "liver", "dice": "0.5"}]
+    assert tracked_run(finished.run_id, store).rows == [{"case": "a", "organ": "liver", "dice": "0.5"}]
 
 
 def test_a_run_whose_folder_is_gone_is_downloaded_once(
@@ -55,7 +54,7 @@ def test_a_run_whose_folder_is_gone_is_downloaded_once(
     folder = model_folder(finished.run_id, store)
     assert folder.is_relative_to(tmp_path / "cache")
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
-    assert per_case_table(finished.run_id, store)[0]["dice"] == "0.5"
+    assert tracked_run(finished.run_id, store).rows[0]["dice"] == "0.5"
     shutil.rmtree(tmp_path / "mlartifacts")
     assert model_folder(finished.run_id, store) == folder
     assert not list(folder.parent.glob(".*"))
@@ -68,7 +67,7 @@ def test_a_folder_of_another_run_at_the_same_path_is_not_taken_for_it(
     shutil.rmtree(tmp_path / "run")
     begin(store).finish("FINISHED")
     (tmp_path / "run" / "per_case.csv").write_text("case,organ,dice\na,liver,0.25\n")
-    assert per_case_table(finished.run_id, store)[0]["dice"] == "0.5"
+    assert tracked_run(finished.run_id, store).rows[0]["dice"] == "0.5"
 
 
 def test_a_run_is_found_by_the_id_it_had_before_its_store_answered(finished: MlflowTracker, store: str) -> None:

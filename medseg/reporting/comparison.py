@@ -1,0 +1,417 @@
+"""A comparison of runs as a figure, and as a page for readers who are no statisticians."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medseg import __version__
+from medseg.metrics import METRICS
+from medseg.metrics.statistics import MIN_PATIENTS
+from medseg.reporting.page import figure_svg, html_page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Result = Mapping[str, Any]
+Differences = Sequence[Mapping[str, Mapping[str, float]]]
+"""Of each comparison, by organ and case."""
+
+SIGNIFICANT = 0.05
+
+# Okabe and Ito's blue and vermilion, which color-blind people tell apart too.
+BETTER, WORSE, INK, QUIET = "#0072B2", "#D55E00", "#1d1d1f", "#6e6e73"
+WIDTH, ROW, HEAD = 8.4, 0.52, 1.15  # inches
+JITTER = 0.2
+DPI = 160
+BEYOND = 3.0
+"""Dots farther out than this many times the 90th percentile, misses of 300 mm among errors of 3, go to the edge."""
+
+MAX_CASES = 5
+
+PLAIN = {
+    "dice": "Dice tells how far two outlines overlap: 1 if they are the same, 0 if they have no voxel in common.",
+    "iou": "IoU is the share of all outlined voxels that both outlines hold: 1 if they are the same, 0 if none is.",
+    "hd": "HD is the largest distance, in mm, between the two surfaces: 0 if they are the same.",
+    "hd95": "HD95 is the distance, in mm, that 95 % of the surface stays within: 0 if the surfaces are the same.",
+    "assd": "ASSD is the average distance, in mm, between the two surfaces: 0 if they are the same.",
+    "nsd": "Surface Dice is the share of the surface that lies within a tolerance: 1 if all of it does.",
+}
+
+
+def p_text(p: float) -> str:
+    """A p value for people; NaN is one that too few patients allow no test for."""
+    if math.isnan(p):
+        return "too few"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def with_interval(value: float, ci95: tuple[float, float], *, signed: bool = False) -> str:
+    """``+0.012 [0.004, 0.020]``."""
+    sign = "+" if signed else ""
+    if math.isnan(value):
+        return "–"
+    if math.isnan(ci95[0]):
+        return f"{value:{sign}.3f}"
+    return f"{value:{sign}.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]"
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
+    return content.getvalue()
+
+
+def comparison_figure(result: Result, differences: Differences) -> Figure:
+    """The differences of every case, with each organ's mean and interval.
+
+    Args:
+        result: What `medseg.compare.compare` returns.
+        differences: Of each of its comparisons, by organ and case.
+    """
+    from matplotlib.figure import Figure
+
+    comparisons = result["comparisons"]
+    heights = [HEAD + ROW * len(comparison["organs"]) for comparison in comparisons]
+    figure = Figure(figsize=(WIDTH, sum(heights)), facecolor="white", layout="constrained")
+    panels = figure.subplots(len(comparisons), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, comparison, found in zip(panels, comparisons, differences, strict=True):
+        _draw_differences(axes, comparison, found, sign=-1 if result["lower_is_better"] else 1)
+        title = f"{comparison['label']} compared with {result['baseline_label']}"
+        axes.set_title(title, loc="left", fontsize=11, color=INK, pad=20, parse_math=False)
+    panels[-1].set_xlabel(f"difference in {result['metric']}", color=QUIET, parse_math=False)
+    return figure
+
+
+def ranking_figure(result: Result) -> Figure:
+    """The mean of every run with its interval, the best on top.
+
+    Args:
+        result: What `medseg.compare.rank_experiment` returns.
+    """
+    from matplotlib.figure import Figure
+
+    rows = result["ranking"]
+    figure = Figure(figsize=(WIDTH, HEAD + 0.28 * len(rows)), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        color = BETTER if y == 0 else INK
+        axes.plot(row["ci95"], (y, y), color=color, linewidth=2, solid_capstyle="butt")
+        axes.plot(row["mean"], y, "o", color=color, markersize=5)
+    _tidy(axes, [row["run"] for row in rows])
+    axes.set_title(result["experiment"], loc="left", fontsize=11, color=INK, parse_math=False)
+    axes.set_xlabel(f"mean {result['metric']}, with its 95 % interval", color=QUIET, parse_math=False)
+    return figure
+
+
+def comparison_page(result: Result, differences: Differences) -> str:
+    """A comparison as one HTML file, which says in words what was found and how far to trust it.
+
+    Args:
+        result: What `medseg.compare.compare` returns.
+        differences: Of each of its comparisons, by organ and case.
+    """
+    names = ", ".join(comparison["label"] for comparison in result["comparisons"])
+    title = f"{_metric_title(result['metric'])}: {names} compared with {result['baseline_label']}"
+    figure = figure_svg(comparison_figure(result, differences))
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(PLAIN.get(result['metric'], ''))} {_direction(result)}</p>",
+        _list(finding for comparison in result["comparisons"] for finding in _findings(comparison, result)),
+        f"<figure>{figure}<figcaption>{escape(_CAPTION)}</figcaption></figure>",
+        *(_organ_table(comparison, result) for comparison in result["comparisons"]),
+        *(_extremes(c, found, result) for c, found in zip(result["comparisons"], differences, strict=True)),
+        _left_out(result),
+        _how_to_read(_READING),
+        _provenance([result["baseline"], *(comparison["run"] for comparison in result["comparisons"])]),
+    ]
+    return html_page(title, "\n".join(body))
+
+
+def ranking_page(result: Result) -> str:
+    """A ranking as one HTML file.
+
+    Args:
+        result: What `medseg.compare.rank_experiment` returns.
+    """
+    title = f"{result['experiment']}: runs ranked by {_metric_title(result['metric'])}"
+    rows = [
+        (
+            str(place),
+            row["run"],
+            with_interval(row["mean"], row["ci95"]),
+            with_interval(row["difference"], row["difference_ci95"], signed=True) if place > 1 else "",
+            p_text(row["p_holm"]) if place > 1 else "",
+            str(row["missed"]),
+            str(row["spurious"]),
+        )
+        for place, row in enumerate(result["ranking"], start=1)
+    ]
+    headings = (
+        "", "run", "mean [95 % interval]", "difference to the best", "p (Holm)", "missed organs", "invented organs",
+    )  # fmt: skip
+    intro = f"Mean over {', '.join(result['organs'])} of {result['n_cases']} cases that all these runs were scored on."
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(PLAIN.get(result['metric'], ''))} {_direction(result)} {escape(intro)}</p>",
+        f"<figure>{figure_svg(ranking_figure(result))}</figure>",
+        _table(headings, rows),
+        _left_out(result),
+        _how_to_read(_READING_RANKS),
+        _provenance([f"{row['run']}: {row['run_id']}" for row in result["ranking"]]),
+    ]
+    return html_page(title, "\n".join(body))
+
+
+_CAPTION = (
+    "Each dot is a case, blue where the compared run is better and orange where it is worse. The diamond is the mean "
+    "of an organ and the bar its 95 % interval; a filled diamond means that chance is an unlikely explanation (p below "
+    "0.05 after Holm’s correction). A triangle at the edge is a case that lies farther out."
+)
+
+_ONE_TRAINING = (
+    "<b>One run each says nothing about the variance of training.</b> The same workflow trained again with another "
+    "seed gives another model, and other numbers. What is shown here are differences between these trained models on "
+    "these cases; to compare methods, train each several times."
+)
+_INTERVAL = (
+    "<b>95 % interval.</b> Had other patients of the same kind been scanned, the mean difference would have been "
+    "another. Made in this way, 95 of 100 intervals hold the true one. One that does not hold 0 speaks for a "
+    "difference, and its ends tell how small or large it may be: ask whether that matters to a patient. "
+    "(Bootstrap of patients, expanded percentiles.)"
+)
+_P = (
+    "<b>p (Holm).</b> How often two equally good runs would differ at least as clearly by chance "
+    "(Wilcoxon’s signed-rank test on the patients), made larger by Holm’s correction as several tests find something by "
+    f"chance sooner than one. A large p does not prove that runs are equal. With fewer than {MIN_PATIENTS} patients no "
+    "p can be below 0.05: the table says “too few”."
+)
+_MISSES = (
+    "<b>Missed and invented organs.</b> An organ that a run does not find has Dice 0; it has no surface, so that its "
+    "distance counts as the diagonal of the scan, as does that of an organ that is not in the scan; an organ rightly "
+    "left out counts as 0 mm where another run invents it. Where the length of the diagonal is not known, the pair is "
+    "left out, which is said above. Dice is not defined where an organ is rightly left out: such pairs do not count."
+)
+_READING = (
+    _ONE_TRAINING,
+    _INTERVAL,
+    _P,
+    "<b>Effect.</b> The matched-pairs rank-biserial correlation: +1 where the run is better in every case, −1 where it "
+    "is worse in every one, 0 where gains and losses balance.",
+    "<b>Better / equal / worse.</b> In how many cases, however small the difference.",
+    _MISSES,
+)
+_READING_RANKS = (
+    _ONE_TRAINING,
+    _INTERVAL,
+    _P,
+    "<b>The best is chosen by the same cases</b> that it is then compared on, so that its lead is on average too large: "
+    "judge it on cases that chose nothing.",
+    _MISSES,
+)
+
+
+def _draw_differences(
+    axes: Axes, comparison: Result, differences: Mapping[str, Mapping[str, float]], *, sign: int
+) -> None:
+    organs = comparison["organs"]
+    limit, clipped = _reach(organs, differences)
+    random = np.random.default_rng(0)
+    for y, (organ, found) in enumerate(organs.items()):
+        values = np.array(list(differences[organ].values()))
+        heights = y + random.uniform(-JITTER, JITTER, len(values))
+        colors = np.where(values == 0, QUIET, np.where(sign * values > 0, BETTER, WORSE))
+        inside = np.abs(values) <= limit
+        axes.scatter(values[inside], heights[inside], c=colors[inside], s=14, alpha=0.45, linewidths=0)
+        for marker, outside in ((">", values > limit), ("<", values < -limit)):
+            edge = np.full(outside.sum(), math.copysign(limit, 1 if marker == ">" else -1))
+            axes.scatter(edge, heights[outside], c=colors[outside], s=26, marker=marker, linewidths=0, clip_on=False)
+        if not math.isnan(found["difference"]):
+            fill = INK if found["p_holm"] < SIGNIFICANT else "white"
+            axes.plot(found["ci95"], (y, y), color=INK, linewidth=2.2, solid_capstyle="butt", zorder=3)
+            axes.plot(found["difference"], y, "D", color=INK, markerfacecolor=fill, markersize=6.5, zorder=4)
+        note = (
+            ""
+            if not found["n"]
+            else p_text(found["p_holm"])
+            if math.isnan(found["p"])
+            else f"p {p_text(found['p_holm'])}"
+        )
+        axes.annotate(
+            note, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=QUIET
+        )  # fmt: skip
+    axes.axvline(0, color=INK, linewidth=0.8, zorder=1)
+    axes.set_xlim(-limit * 1.04, limit * 1.04)
+    _tidy(axes, list(organs))
+    sides = ("better", "worse") if sign < 0 else ("worse", "better")
+    for x, text, color in ((0, f"← {sides[0]}", 0), (1, f"{sides[1]} →", 1)):
+        shade = BETTER if sides[color] == "better" else WORSE
+        axes.text(
+            x, 1.01, text, transform=axes.transAxes, color=shade, ha=("left", "right")[x], va="bottom", fontsize=9
+        )
+    if clipped:
+        axes.text(
+            0.5,
+            1.01,
+            f"{clipped} farther out",
+            transform=axes.transAxes,
+            color=QUIET,
+            ha="center",
+            va="bottom",
+            fontsize=9,
+        )
+
+
+def _reach(organs: Result, differences: Mapping[str, Mapping[str, float]]) -> tuple[float, int]:
+    """How far the axis goes to either side, and how many dots lie beyond."""
+    sizes = np.abs([value for found in differences.values() for value in found.values()])
+    if not len(sizes) or not sizes.max() > 0:
+        return 1.0, 0
+    bounds = [abs(b) for found in organs.values() for b in (*found["ci95"], found["difference"]) if not math.isnan(b)]
+    usual = max(BEYOND * float(np.percentile(sizes, 90)), *bounds) * 1.05
+    limit = min(usual, float(sizes.max())) if usual > 0 else float(sizes.max())
+    return limit, int((sizes > limit).sum())
+
+
+def _tidy(axes: Axes, names: Sequence[str]) -> None:
+    """Names down the side, the first on top, and no more lines than needed."""
+    axes.set_yticks(range(len(names)))
+    axes.set_yticklabels(names, color=INK, parse_math=False)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(length=0, colors=QUIET)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.grid(axis="x", color="#e5e5ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _findings(comparison: Result, result: Result) -> list[str]:
+    """What was found, in sentences."""
+    organs, name = comparison["organs"], comparison["label"]
+    sign = -1 if result["lower_is_better"] else 1
+    told = []
+    for word, wanted in (("better", 1), ("worse", -1)):
+        clear = [
+            f"{organ} ({with_interval(found['difference'], found['ci95'], signed=True)})"
+            for organ, found in organs.items()
+            if found["p_holm"] < SIGNIFICANT and wanted * sign * found["difference"] > 0
+        ]
+        if clear:
+            told.append(f"{name} is {word} than {result['baseline_label']} in {_and(clear)}.")
+    unclear = [o for o, found in organs.items() if found["n"] and not found["p_holm"] < SIGNIFICANT]
+    if unclear:
+        told.append(f"{name}: in {_and(unclear)} these cases do not tell the two runs apart.")
+    misses = [
+        f"{organ}: {found['missed_baseline']} before, {found['missed_run']} now"
+        for organ, found in organs.items()
+        if found["missed_baseline"] or found["missed_run"]
+    ]
+    told.append(f"{name}: missed organs: {'; '.join(misses)}." if misses else f"{name}: neither run missed an organ.")
+    return told
+
+
+def _organ_table(comparison: Result, result: Result) -> str:
+    rows = [
+        (
+            organ,
+            str(found["n"]),
+            f"{found['baseline']:.3f}",
+            f"{found['run']:.3f}",
+            with_interval(found["difference"], found["ci95"], signed=True),
+            p_text(found["p_holm"]),
+            "–" if math.isnan(found["effect_size"]) else f"{found['effect_size']:+.2f}",
+            f"{found['wins']} / {found['ties']} / {found['losses']}",
+            f"{found['missed_baseline']} → {found['missed_run']}",
+            f"{found['spurious_baseline']} → {found['spurious_run']}",
+        )
+        for organ, found in comparison["organs"].items()
+    ]
+    mean = with_interval(comparison["mean_difference"], comparison["mean_ci95"], signed=True)
+    rows.append(("mean of the organs", "", "", "", mean, "", "", "", "", ""))
+    headings = (
+        "organ", "cases", "before", "now", "difference [95 % interval]", "p (Holm)", "effect",
+        "better / equal / worse", "missed", "invented",
+    )  # fmt: skip
+    about = (
+        f"“Before” is {result['baseline_label']}, “now” is {comparison['label']}: means over the cases that both have a "
+        "value of. An arrow leads from one run’s count to the other’s."
+    )
+    return f"<h2>{escape(comparison['label'])}</h2>{_table(headings, rows)}<p>{escape(about)}</p>"
+
+
+def _extremes(comparison: Result, differences: Mapping[str, Mapping[str, float]], result: Result) -> str:
+    """The cases worth looking at: where one run gains or loses most."""
+    sign = -1 if result["lower_is_better"] else 1
+    gains = sorted(
+        ((sign * value, case, organ) for organ, found in differences.items() for case, value in found.items()),
+        key=lambda entry: -abs(entry[0]),
+    )
+    rows = [
+        (case, organ, f"{sign * gain:+.3f}", "better" if gain > 0 else "worse")
+        for gain, case, organ in gains[:MAX_CASES]
+        if gain
+    ]
+    if not rows:
+        return ""
+    heading = f"Cases to look at: the largest differences of {comparison['label']}"
+    return f"<h3>{escape(heading)}</h3>{_table(('case', 'organ', 'difference', ''), rows)}"
+
+
+def _left_out(result: Result) -> str:
+    """Everything that was not counted, every case by its name."""
+    entries = list(result["warnings"])
+    for comparison in result.get("comparisons", ()):
+        for which, name in (("baseline", result["baseline_label"]), ("run", comparison["label"])):
+            if len(cases := comparison["unpaired"][which]) > MAX_CASES:  # else a warning has named them
+                entries.append(f"only {name} has: {', '.join(cases)}")
+        if len(lost := comparison["lost"]) > MAX_CASES:
+            told = ", ".join(f"{organ} of {case}" for case, organ in lost)
+            entries.append(f"{comparison['label']} has no result for: {told}")
+    return f"<h2>Left out, and warnings</h2>{_list(entries) if entries else '<p>Nothing was left out.</p>'}"
+
+
+def _how_to_read(paragraphs: Sequence[str]) -> str:
+    return "<h2>How to read this</h2>" + "".join(f"<p>{paragraph}</p>" for paragraph in paragraphs)
+
+
+def _provenance(names: Sequence[str]) -> str:
+    return (
+        f"<details><summary>What was compared</summary>{_list(names)}</details>"
+        f"<p><small>medseg {escape(__version__)}. For research; not a medical device.</small></p>"
+    )
+
+
+def _direction(result: Result) -> str:
+    return f"{'Less' if result['lower_is_better'] else 'More'} is better."
+
+
+def _metric_title(metric: str) -> str:
+    return METRICS[metric].title if metric in METRICS else metric
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "".join(f"<tr>{''.join(f'<td>{_unbroken(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _unbroken(cell: str) -> str:
+    """A cell whose numbers stay on one line."""
+    text = escape(cell)
+    return text.replace(" ", "&nbsp;") if cell[:1] in "+-−0123456789" else text
+
+
+def _list(entries: Any) -> str:
+    return f"<ul>{''.join(f'<li>{escape(entry)}</li>' for entry in entries)}</ul>"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
