@@ -16,7 +16,6 @@ from medseg.outcome import (
     SOME_CASES_FAILED,
     OneMessage,
     described,
-    evaluation_table,
     parts_table,
     prediction_summary,
     print_result,
@@ -182,27 +181,62 @@ def evaluate(
         Path, typer.Argument(metavar="REFERENCES", help="File or folder of references, or a manifest.")
     ],
     *,
-    labels: Annotated[Path | None, typer.Option(help="Manifest that names the labels.")] = None,
-    metrics: Annotated[str, typer.Option(metavar="NAME,...", help="See `medseg metrics`.")] = "dice,iou",
+    labels: Annotated[
+        Path | None, typer.Option(help="Manifest, nnU-Net's dataset.json, or model that names the labels.")
+    ] = None,
+    label_map: Annotated[
+        Path | None,
+        typer.Option(
+            "--map",
+            metavar="FILE",
+            help="YAML or JSON: which label values (liver: 5, kidneys: [2, 3]) or files (liver: liver, of "
+            "CASE/liver.nii.gz) of the predictions stand for each label. Only what it names is scored.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...", help="See `medseg metrics`; or groups: all, overlap, surface, volume, lesion, image."
+        ),
+    ] = "dice,iou",
     resample: Annotated[bool, typer.Option("--resample", help="Bring predictions to the references' grid.")] = False,
+    missing_as_empty: Annotated[
+        bool, typer.Option("--missing-as-empty", help="Count references without prediction as missed.")
+    ] = False,
+    skip_failed: Annotated[
+        bool,
+        typer.Option(
+            "--skip-failed", help="Score the rest where cases cannot be scored (exit code 3), rather than none (2)."
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the tables.")] = None,
     split: Annotated[str | None, typer.Option(help="Part of a manifest, e.g. test.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that score at once.  [default: one a core, up to 8]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare segmentations with references, per case and organ."""
     with stdout_kept_free():
-        from medseg.evaluate import evaluate
+        from medseg.batch.parallel import num_cores
+        from medseg.evaluate import evaluate, evaluation_table
 
         result = evaluate(
             predictions,
             references,
             labels=labels,
+            label_map=label_map,
             metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
             resample=resample,
+            missing_as_empty=missing_as_empty,
+            skip_failed=skip_failed,
             output=output,
             split=split,
+            workers=num_cores() if workers is None else workers,
         )
     print_result(result, as_json, evaluation_table)
+    if result.get("failed"):
+        raise typer.Exit(SOME_CASES_FAILED)
 
 
 @app.command()

@@ -81,11 +81,16 @@ def stdout_kept_free() -> Iterator[None]:
 def print_result(result: Result, as_json: bool, table: Callable[[Result], RenderableType] | None = None) -> None:
     """Print a result on stdout: one JSON object, or what people like to read."""
     if as_json:
-        sys.stdout.write(json.dumps(_plain(result), allow_nan=False) + "\n")
+        sys.stdout.write(json_text(result) + "\n")
     else:
         shown = (table or _listing)(result)
         is_text = isinstance(shown, str | Text)  # one message a line, however long, so that grep and scripts find it
         Console(highlight=False).print(shown, markup=False, soft_wrap=is_text, crop=False)
+
+
+def json_text(result: Result, *, indent: int | None = None) -> str:
+    """A result as JSON; numbers that JSON does not know are null."""
+    return json.dumps(_plain(result), allow_nan=False, indent=indent)
 
 
 def _plain(value: Any) -> Any:
@@ -122,20 +127,6 @@ def _one_line(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "–"
     return "–" if value is None else str(value)
-
-
-def evaluation_table(result: Result) -> Table:
-    """Organs down, metrics across."""
-    table = Table(title=f"{result['cases']} cases", caption=str(result.get("table") or ""))
-    names = list(result["mean"])
-    table.add_column("organ")
-    for name in names:
-        table.add_column(f"{name}: mean ± std [95 % interval]", justify="right")
-    for organ, scores in result["per_organ"].items():
-        table.add_row(organ, *(_score(scores[name]) if name in scores else "" for name in names))
-    table.add_section()
-    table.add_row("mean", *(_one_line(result["mean"][name]) for name in names))
-    return table
 
 
 def training_summary(result: Result) -> RenderableType:
@@ -192,12 +183,6 @@ def prediction_summary(result: Result) -> RenderableType:
     lines = [", ".join(counts), *(f"  {entry['case']}  {entry['output']}" for entry in done)]
     lines += [f"  {entry['case']}  {entry['message']}" for entry in failed]  # a message begins with its id
     return Text("\n".join(lines), overflow="ignore", no_wrap=True)
-
-
-def _score(score: Result) -> str:
-    low, high = (_one_line(bound) for bound in score["ci95"])
-    missing = f", {score['n_missing']} missing" if score["n_missing"] else ""
-    return f"{_one_line(score['mean'])} ± {_one_line(score['std'])} [{low}, {high}]{missing}"
 
 
 def described(entries: Mapping[str, Any]) -> Result:

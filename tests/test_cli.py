@@ -40,7 +40,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
         stand = ModuleType(module or f"medseg.{verb}")
         setattr(stand, verb, stand_in)
-        stand.comparison_table = lambda result: ""  # what the command imports beside `compare`
+        stand.comparison_table = lambda result: ""  # what the commands import beside `compare` and `evaluate`
+        stand.evaluation_table = lambda result: ""
         monkeypatch.setitem(sys.modules, stand.__name__, stand)
         monkeypatch.setattr(
             "medseg.workflow.Workflow.load", lambda path, overrides: None
@@ -167,11 +168,9 @@ def test_without_json_the_result_is_a_listing(fake: Fake) -> None:
     assert medseg("train", "w.yaml").stdout == "run_dir  runs/[x]\nbest\n  mean_dice  0.9877\n"
 
 
-def test_evaluate_prints_a_row_per_organ(fake: Fake) -> None:
-    score = {"mean": 0.9, "std": 0.05, "median": 0.9, "ci95": [0.8, 0.95], "n": 3, "n_missing": 1}
-    fake("evaluate", {"cases": 3, "mean": {"dice": 0.9}, "per_organ": {"liver": {"dice": score}}, "table": None})
-    rows = [line.split() for line in medseg("evaluate", "p", "r").stdout.splitlines()]
-    assert ["│", "liver", "│", "0.9", "±", "0.05", "[0.8,", "0.95],", "1", "missing", "│"] in rows
+def test_evaluate_exits_with_3_where_cases_were_skipped(fake: Fake) -> None:
+    fake("evaluate", {"failed": [{"case": "x", "error_id": "E-X", "message": "E-X x: is broken"}]})
+    assert medseg("evaluate", "p", "r", "--skip-failed").exit_code == 3
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,26 @@
+import io
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from rich.console import Console
 
 from medseg.data.volume_io import write_volume
 from medseg.errors import MedsegError, Problems, WorkflowError
-from medseg.evaluate import evaluate
+from medseg.evaluate import evaluate, evaluation_table
 from medseg.geometry import Geometry, Volume
+from medseg.metrics import METRICS
+from medseg.metrics.table import read_table
 
 GRID = Geometry.from_spacing((14, 12, 10), (1, 1.5, 2)).oriented("LPS")
 LABELS = {"0": "background", "1": "liver", "2": "cancer"}
@@ -51,7 +63,10 @@ def test_scores_agree_with_simpleitk(folders):
     for organ, values in expected.items():
         for metric, column in zip(("dice", "iou"), np.transpose(values), strict=True):
             found = result["per_organ"][organ][metric]
-            assert set(found) >= {"mean", "std", "median", "ci95", "n", "n_missing"}
+            assert set(found) == {
+                *("mean", "std", "median", "p25", "p75", "ci95"),
+                *("n", "n_missing", "n_missed", "n_spurious"),
+            }
             assert found["mean"] == pytest.approx(column.mean(), abs=1e-6)
             assert found["median"] == pytest.approx(np.median(column), abs=1e-6)
             assert found["ci95"][0] <= found["mean"] <= found["ci95"][1]
@@ -161,3 +176,440 @@ def test_nothing_in_common_is_an_error_that_shows_names(folders):
 def test_an_unknown_metric_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(WorkflowError, match="did you mean 'dice'"):
         evaluate(tmp_path / "absent", tmp_path / "absent", metrics=["dic"])
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def dice_of(reference: np.ndarray, prediction: np.ndarray) -> float:
+    return 2 * np.logical_and(reference, prediction).sum() / (reference.sum() + prediction.sum())
+
+
+def mapping(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_json_holds_the_rows_of_the_table_and_the_summary(folders, tmp_path):
+    result = evaluate(folders / "predictions", folders / "dataset.json", output=tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    rows = read_table(tmp_path / "out" / "per_case.csv")
+    assert [(row["case"], row["organ"]) for row in told["per_case"]] == [(row.case, row.organ) for row in rows]
+    assert [row["dice"] for row in told["per_case"]] == pytest.approx([row.values["dice"] for row in rows], abs=1e-6)
+    assert told["per_organ"]["liver"]["dice"]["mean"] == result["per_organ"]["liver"]["dice"]["mean"]
+    assert told["per_case"][0]["diagonal_mm"] == pytest.approx(math.hypot(14, 12 * 1.5, 10 * 2))
+
+
+def test_volumes_agree_as_bland_and_altman_have_it(folders):
+    found = evaluate(folders / "predictions", folders / "dataset.json", metrics=["dice"])["volumes"]["cancer"]
+    pairs = [
+        [(read(folders / kind / f"case_{n}.nii.gz") == 2).sum() * 3e-3 for kind in ("labels", "predictions")]
+        for n in range(4)
+    ]
+    differences = np.array([prediction - reference for reference, prediction in pairs])
+    bias, spread = differences.mean(), 1.96 * differences.std(ddof=1)
+    assert found["bias_ml"] == pytest.approx(bias, abs=1e-9)
+    assert found["limits_ml"] == pytest.approx([bias - spread, bias + spread], abs=1e-9)
+    assert found["mean_reference_ml"] == pytest.approx(np.mean([reference for reference, _ in pairs]))
+    assert found["n"] == 4
+
+
+def test_files_without_any_label_have_no_organs(tmp_path):
+    for kind in ("a", "b"):
+        write_label(tmp_path / kind / "x.nii.gz", np.zeros(GRID.shape))
+    result = evaluate(tmp_path / "a", tmp_path / "b", output=tmp_path / "out")
+    assert (result["cases"], result["per_organ"], result["volumes"]) == (1, {}, {})
+    assert math.isnan(result["mean"]["dice"])
+
+
+def test_an_organ_in_neither_is_no_pair_of_volumes(tmp_path):
+    for kind in ("a", "b"):
+        write_label(tmp_path / kind / "x.nii.gz", np.zeros(GRID.shape))
+    labels = mapping(tmp_path / "labels.json", json.dumps({"labels": {"background": 0, "liver": 1}}))
+    assert evaluate(tmp_path / "a", tmp_path / "b", labels=labels)["volumes"] == {}
+
+
+def test_patients_of_the_manifest_are_in_the_table_and_their_cases_are_drawn_together(folders, tmp_path):
+    manifest = json.loads((folders / "dataset.json").read_text())
+    for n, entry in enumerate(manifest["training"]):
+        entry |= {"patient": f"P{n // 2}", "fold": n // 2}
+    (folders / "dataset.json").write_text(json.dumps(manifest))
+    evaluate(folders / "predictions", folders / "dataset.json", output=tmp_path / "out")
+    assert [row.patient for row in read_table(tmp_path / "out" / "per_case.csv")][::2] == ["P0", "P0", "P1", "P1"]
+
+
+def test_a_manifest_without_patients_leaves_them_empty(folders, tmp_path):
+    evaluate(folders / "predictions", folders / "dataset.json", output=tmp_path / "out")
+    assert {row.patient for row in read_table(tmp_path / "out" / "per_case.csv")} == {""}
+
+
+def test_groups_are_among_the_names_that_a_mistyped_one_may_mean(folders):
+    with pytest.raises(WorkflowError, match="did you mean 'surface'"):
+        evaluate(folders / "predictions", folders / "labels", metrics=["surfac"])
+    with pytest.raises(WorkflowError, match="E-METRIC-NUMBER"):
+        evaluate(folders / "predictions", folders / "labels", metrics=["dice:2"])
+    with pytest.raises(WorkflowError, match="E-METRICS"):
+        evaluate(folders / "predictions", folders / "labels", metrics=[])
+
+
+def test_groups_stand_for_metrics(folders):
+    result = evaluate(folders / "predictions", folders / "dataset.json", metrics=["dice", "surface", "image"])
+    assert list(result["mean"]) == [
+        *("dice", "hd", "hd95", "assd", "nsd", "pixel_accuracy"),
+        *("mean_accuracy_by_recall", "mean_accuracy_by_precision", "mean_iou", "frequency_weighted_iou"),
+    ]
+    assert list(result["per_organ"]) == ["liver", "cancer", "all classes"]
+    everything = evaluate(folders / "predictions", folders / "dataset.json", metrics=["all"])
+    assert set(everything["mean"]) == {*METRICS} - {"ece"}
+
+
+def test_processes_score_as_one_alone(folders, tmp_path):
+    for n, workers in enumerate((0, 2)):
+        evaluate(folders / "predictions", folders / "labels", output=tmp_path / str(n), workers=workers)
+    one, two = ((tmp_path / str(n) / "per_case.csv").read_bytes() for n in range(2))
+    assert one == two
+
+
+def test_processes_do_not_load_torch():
+    script = "import sys, medseg.evaluate; sys.exit(bool({'torch', 'monai', 'mlflow'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_processes_warn_of_is_logged_here(folders, caplog):
+    manifest = json.loads((folders / "dataset.json").read_text())
+    manifest["labels"] = {"0": "background", "1": "liver"}
+    (folders / "dataset.json").write_text(json.dumps(manifest))
+    labels = mapping(folders / "map.yaml", "liver: 1\n")
+    for n in range(4):
+        drawn = read(folders / "labels" / f"case_{n}.nii.gz")
+        write_label(folders / "labels" / f"case_{n}.nii.gz", drawn == 1)
+    result = evaluate(folders / "predictions", folders / "dataset.json", label_map=labels, workers=2)
+    assert result["cases"] == 4
+    assert caplog.text.count("W-MAP-VALUES") == 1 and "background: 2" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_broken_file_among_ten_is_named_and_refuses_all_or_is_left_out(tmp_path, workers):
+    for n in range(10):
+        for kind in ("labels", "predictions"):
+            write_label(tmp_path / kind / f"case_{n}.nii.gz", drawn_and_predicted(n)[0])
+    broken = tmp_path / "predictions" / "case_4.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:200])
+    labels = mapping(tmp_path / "labels.json", json.dumps({"labels": LABELS}))
+    options = {"workers": workers, "metrics": ["dice"], "labels": labels}
+    with pytest.raises(Problems) as caught:
+        evaluate(tmp_path / "predictions", tmp_path / "labels", **options)
+    assert len(caught.value.errors) == 1 and caught.value.where == str(broken)
+    result = evaluate(tmp_path / "predictions", tmp_path / "labels", skip_failed=True, **options)
+    assert result["cases"] == 9 and result["mean"] == {"dice": 1.0}
+    assert [(entry["case"], entry["error_id"]) for entry in result["failed"]] == [
+        ("case_4", caught.value.errors[0].error_id)
+    ]
+
+
+def test_values_that_are_no_integers_and_other_shapes_are_told_together(folders):
+    array = np.full((1, *GRID.shape), 0.5, np.float32)
+    write_volume(folders / "predictions" / "case_1.nii.gz", Volume(array, GRID))
+    small = Geometry.from_spacing((5, 5, 5), (1, 1, 1))
+    write_label(folders / "predictions" / "case_2.nii.gz", np.ones(small.shape), small)
+    with pytest.raises(Problems) as caught:
+        evaluate(folders / "predictions", folders / "dataset.json")
+    assert [error.error_id for error in caught.value.errors] == ["E-LABEL-VALUES", "E-PAIR-SHAPE"]
+
+
+def test_all_cases_failing_is_refused_even_if_failures_may_be_skipped(folders):
+    for path in (folders / "predictions").iterdir():
+        path.write_bytes(b"no scan")
+    with pytest.raises(Problems) as caught:
+        evaluate(folders / "predictions", folders / "dataset.json", skip_failed=True)
+    assert len(caught.value.errors) == 4
+
+
+def test_a_picture_is_not_resampled_to_a_volume(folders):
+    for path in (folders / "predictions").iterdir():
+        path.unlink()
+    flat = Geometry.from_spacing((14, 12), (1, 1))
+    write_label(folders / "predictions" / "case_0.nii.gz", np.ones(flat.shape), flat)
+    with pytest.raises(Problems, match="E-PAIR-SHAPE"):
+        evaluate(folders / "predictions", folders / "dataset.json", resample=True)
+
+
+def test_an_empty_folder_is_refused(folders, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(MedsegError, match="E-NO-INPUT"):
+        evaluate(tmp_path / "nothing", folders / "labels")
+
+
+def test_a_missing_prediction_counts_as_empty_on_request(folders, tmp_path):
+    (folders / "predictions" / "case_3.nii.gz").unlink()
+    given = evaluate(folders / "predictions", folders / "dataset.json")["per_organ"]["liver"]["dice"]
+    result = evaluate(
+        folders / "predictions", folders / "dataset.json",
+        missing_as_empty=True, metrics=["dice", "hd95"], output=tmp_path / "out",
+    )  # fmt: skip
+    liver = result["per_organ"]["liver"]
+    assert result["no_prediction"] == ["case_3"] and result["unmatched"]["references"] == []
+    assert liver["dice"]["mean"] == pytest.approx(given["mean"] * 3 / 4)
+    assert liver["hd95"]["n"] == 3 and liver["hd95"]["n_missed"] == 1
+    (row, _) = (row for row in read_table(tmp_path / "out" / "per_case.csv") if row.case == "case_3")
+    assert row.note == "missed; no prediction" and row.is_missed
+
+
+def test_what_nnunet_leaves_beside_its_predictions_is_no_case(folders):
+    """Its dataset.json, which lists no cases, names the labels."""
+    for name in ("summary.json", "plans.json", "postprocessing.json"):
+        (folders / "predictions" / name).write_text("{}")
+    for name in ("postprocessing.pkl", "case_0.npz", "case_0.pkl"):
+        (folders / "predictions" / name).write_bytes(b"\x80\x04")
+    named = {
+        "labels": {"background": 0, "liver": 1, "cancer": 2},
+        "channel_names": {"0": "CT"},
+        "file_ending": ".nii.gz",
+    }
+    labels = mapping(folders / "predictions" / "dataset.json", json.dumps(named | {"numTraining": 4}))
+    result = evaluate(folders / "predictions", folders / "labels", labels=labels)
+    assert result["cases"] == 4 and result["unmatched"] == {"predictions": [], "references": []}
+    assert list(result["per_organ"]) == ["liver", "cancer"]
+
+
+def test_other_numbers_are_brought_to_those_of_the_references(folders, caplog):
+    theirs = np.array([0, 5, 90], np.uint8)
+    for n in range(4):
+        predicted = theirs[drawn_and_predicted(n)[1]]
+        predicted[0, 0, 0] = 77
+        write_label(folders / "predictions" / f"case_{n}.nii.gz", predicted)
+    labels = mapping(folders / "map.yaml", "liver: 5  # as TotalSegmentator numbers it\ncancer: [90, 91]\n")
+    result = evaluate(folders / "predictions", folders / "dataset.json", label_map=labels)
+    for organ, ours, value in (("liver", 1, 5), ("cancer", 2, 90)):
+        expected = [
+            dice_of(
+                read(folders / "labels" / f"case_{n}.nii.gz") == ours,
+                read(folders / "predictions" / f"case_{n}.nii.gz") == value,
+            )
+            for n in range(4)
+        ]
+        assert result["per_organ"][organ]["dice"]["mean"] == pytest.approx(np.mean(expected), abs=1e-9)
+    assert "W-MAP-VALUES 1 label values that the map does not name are background: 77" in caplog.text
+    labels.write_text("liver: 5\ncancer: 90\nbackground: [77]\n")
+    caplog.clear()
+    evaluate(folders / "predictions", folders / "dataset.json", label_map=labels)
+    assert not caplog.records
+
+
+def test_organs_that_the_map_does_not_name_are_not_scored_and_that_is_told(folders, caplog):
+    labels = mapping(folders / "map.json", '{"liver": 1}')
+    result = evaluate(folders / "predictions", folders / "dataset.json", label_map=labels)
+    assert list(result["per_organ"]) == ["liver"]
+    assert "W-MAP-ORGANS the map does not name cancer" in caplog.text
+
+
+@pytest.mark.parametrize("below", ["", "segmentations"])
+def test_a_file_for_each_organ_is_what_the_map_says(folders, below):
+    """TotalSegmentator's layout: a folder for each case, also as its data set has it."""
+    for n in range(4):
+        (folders / "predictions" / f"case_{n}.nii.gz").unlink()
+        predicted = drawn_and_predicted(n)[1]
+        for value, organ in ((1, "liver"), (2, "liver_tumor"), (0, "spleen")):
+            write_label(folders / "predictions" / f"case_{n}" / below / f"{organ}.nii.gz", predicted == value)
+    labels = mapping(folders / "map.yaml", "liver: liver\ncancer: liver_tumor\n")
+    result = evaluate(folders / "predictions", folders / "labels", labels=folders / "dataset.json", label_map=labels)
+    expected = [
+        dice_of(read(folders / "labels" / f"case_{n}.nii.gz") == 1, drawn_and_predicted(n)[1] == 1) for n in range(4)
+    ]
+    assert result["cases"] == 4
+    assert result["per_organ"]["liver"]["dice"]["mean"] == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+def test_where_files_overlap_the_later_of_the_map_lies_on_top(tmp_path):
+    drawn = np.zeros(GRID.shape)
+    drawn[2:9] = 1
+    drawn[4:6] = 2
+    write_label(tmp_path / "x.nii.gz", drawn)
+    write_label(tmp_path / "x" / "whole.nii.gz", drawn > 0)
+    write_label(tmp_path / "x" / "core.nii.gz", drawn == 2)
+    labels = mapping(tmp_path / "m.json", json.dumps({"labels": LABELS}))
+    nested = mapping(tmp_path / "map.yaml", "liver: whole\ncancer: core\n")
+    result = evaluate(tmp_path / "x", tmp_path / "x.nii.gz", labels=labels, label_map=nested)
+    assert result["mean"]["dice"] == 1
+
+
+def test_a_case_that_lacks_the_file_of_an_organ_is_refused(folders):
+    shutil.rmtree(folders / "predictions")
+    for n in range(4):
+        write_label(folders / "predictions" / f"case_{n}" / "liver.nii.gz", drawn_and_predicted(n)[1] == 1)
+        if n:
+            write_label(folders / "predictions" / f"case_{n}" / "tumor.nii.gz", drawn_and_predicted(n)[1] == 2)
+    labels = mapping(folders / "map.yaml", "liver: liver\ncancer: tumor\n")
+    with pytest.raises(Problems, match=r"E-MAP-FILE .*case_0: lacks tumor") as caught:
+        evaluate(folders / "predictions", folders / "dataset.json", label_map=labels)
+    assert len(caught.value.errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("livr: 5", r"E-MAP-LABEL .*map.yaml:1:1: no label is called 'livr'; did you mean 'liver'"),
+        ("5: liver", r"E-MAP-LABEL .*it is the other way round: liver: 5"),
+        ("liver: 5\ncancer: 5", r"E-MAP-VALUE .*map.yaml:2:1: 5 stands for 'liver' and for 'cancer'"),
+        ("liver: 5\ncancer: tumor", "E-MAP .*values only or file names only"),
+        ("liver: 1.5", r"E-MAP .*found 1.5"),
+        ("liver:", r"E-MAP .*found nothing"),
+        ("liver: 0", r"E-MAP .*0 is the background"),
+        ("liver: -3", r"E-MAP .*-3 is no label value"),
+        ("liver: liver.nii.gz", r"E-MAP .*without folder and suffix"),
+        ("- liver", r"E-MAP .*must hold lines such as"),
+        ("liver: [1", "E-YAML"),
+        ("{}", "E-MAP"),
+        ("background: 5", r"E-MAP --map: names no organ whole"),
+    ],
+)
+def test_a_map_that_cannot_be_meant_is_refused_with_its_line(folders, text, message):
+    labels = mapping(folders / "map.yaml", text)
+    with pytest.raises(MedsegError, match=message):
+        evaluate(folders / "predictions", folders / "dataset.json", label_map=labels)
+
+
+def test_a_map_needs_labels_with_names(folders):
+    labels = mapping(folders / "map.yaml", "liver: 5")
+    with pytest.raises(WorkflowError, match="E-MAP-LABELS"):
+        evaluate(folders / "predictions", folders / "labels", label_map=labels)
+
+
+def test_regions_are_scored_where_the_map_names_what_they_unite(folders):
+    described = json.loads((folders / "dataset.json").read_text()) | {"regions": {"whole": [1, 2], "core": [2]}}
+    (folders / "dataset.json").write_text(json.dumps(described))
+    for n in range(4):
+        write_label(folders / "predictions" / f"case_{n}.nii.gz", 3 * drawn_and_predicted(n)[0])
+    labels = mapping(folders / "map.yaml", "liver: 3\ncancer: 6\n")
+    result = evaluate(folders / "predictions", folders / "dataset.json", label_map=labels)
+    assert list(result["per_organ"]) == ["whole", "core"] and result["mean"]["dice"] == 1
+    labels.write_text("whole: 3\n")
+    with pytest.raises(MedsegError, match="'whole' is a region"):
+        evaluate(folders / "predictions", folders / "dataset.json", label_map=labels)
+
+
+def test_calibration_looks_at_the_probabilities_beside_the_predictions(folders):
+    with pytest.raises(WorkflowError, match=r"E-METRIC-PROBABILITIES .*4 cases have none, e.g. case_0"):
+        evaluate(folders / "predictions", folders / "dataset.json", metrics=["ece"])
+    for n in range(4):
+        drawn = drawn_and_predicted(n)[0]
+        sure = np.stack([drawn == value for value in range(3)]).astype(np.float32)
+        unsure = 0.75 * sure + 0.25 * (1 - sure)
+        write_volume(folders / "predictions" / f"case_{n}_probabilities.nii.gz", Volume(unsure, GRID))
+    assert evaluate(folders / "predictions", folders / "dataset.json", metrics=["ece"])["mean"]["ece"] == pytest.approx(
+        0.25
+    )
+
+
+def test_lesions_are_told_by_size_and_one_by_one(tmp_path):
+    drawn, predicted = np.zeros(GRID.shape), np.zeros(GRID.shape)
+    drawn[1:3, 1:3, 1:3] = 1  # 8 voxels of 3 mm³: found
+    drawn[6:12, 5:10, 4:8] = 1  # 120: missed
+    predicted[1:3, 1:3, 1:3] = 1
+    predicted[13, 11, 9] = 1
+    write_label(tmp_path / "a" / "x.nii.gz", predicted)
+    write_label(tmp_path / "b" / "x.nii.gz", drawn)
+    result = evaluate(tmp_path / "a", tmp_path / "b", metrics=["lesion_f1"], output=tmp_path / "out")
+    small, large, *_ = result["lesions"]["label 1"]
+    assert (small["n"], small["n_matched"], large["n"], large["n_matched"]) == (1, 1, 1, 0)
+    assert result["mean"]["lesion_f1"] == 0.5
+    assert Path(result["lesion_table"]).read_text().count("\n") == 1 + 3
+
+
+def test_the_printed_table_has_a_row_per_organ_and_metric_in_80_columns(folders):
+    result = evaluate(folders / "predictions", folders / "dataset.json", metrics=["dice", "surface"])
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(evaluation_table(result))
+    rows = [line.split() for line in console.export_text().splitlines()]
+    liver = result["per_organ"]["liver"]["dice"]
+    mean, std, low, high, median = (
+        f"{value:.3f}" for value in (liver["mean"], liver["std"], *liver["ci95"], liver["median"])
+    )
+    assert ["liver", "dice", mean, "±", std, f"{low}–{high}", median, "4", "0", "0"] in rows
+    assert len([row for row in rows if row[:1] == ["mean"]]) == 5
+
+
+@pytest.mark.real_data
+def test_totalsegmentators_own_example_is_evaluated_by_its_numbers(tmp_path, data_dir):
+    """Organs of one numbering against those of another: its example, and the same with liver and spleen as 1 and 2."""
+    source = data_dir / "totalseg_examples" / "example_seg.nii.gz"
+    theirs = sitk.ReadImage(str(source))
+    ours = sitk.Cast(sitk.ChangeLabel(theirs, {n: {5: 1, 1: 2}.get(n, 0) for n in range(1, 120)}), sitk.sitkUInt8)
+    sitk.WriteImage(ours, str(tmp_path / "ours.nii.gz"))
+    named = mapping(tmp_path / "m.json", json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 2}}))
+    labels = mapping(tmp_path / "map.yaml", "liver: 5\nspleen: 1\n")
+    result = evaluate(source, tmp_path / "ours.nii.gz", labels=named, label_map=labels)
+    assert result["mean"]["dice"] == 1
+    assert result["volumes"]["liver"]["mean_prediction_ml"] > 100
+
+
+def many_cases(folder: Path) -> None:
+    """Enough work that a process is surely busy when it is interrupted."""
+    grid = Geometry.from_spacing((120, 120, 120), (1, 1, 1)).oriented("LPS")
+    array = np.random.default_rng(0).integers(0, 3, grid.shape)
+    write_label(folder / "labels" / "case_0.nii.gz", array, grid)
+    for n in range(40):
+        for kind in ("labels", "predictions"):
+            target = folder / kind / f"case_{n}.nii.gz"
+            target.parent.mkdir(exist_ok=True)
+            if not target.exists():
+                os.link(folder / "labels" / "case_0.nii.gz", target)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_whatever_ends_the_command_ends_its_processes(tmp_path, how):
+    many_cases(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "medseg",
+        "evaluate",
+        "predictions",
+        "labels",
+        "--workers",
+        "2",
+        "--metrics",
+        "hd95",
+    ]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        workers = wait_for(lambda: busy_descendants(running.pid), 60)
+        if how is signal.SIGINT:
+            os.killpg(running.pid, how)  # as a terminal does
+        else:
+            running.send_signal(how)
+        _, said = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert wait_for(lambda: not any(is_running(pid) for pid in workers), 60)
+    if how is signal.SIGINT:
+        assert (running.returncode, said) == (130, b"interrupted\n")
+
+
+def wait_for(condition, seconds: float):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def busy_descendants(pid: int) -> list[int]:
+    """Two processes at work, and the one they were forked from; by the processor time that they have used."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == pid and int(entry.name) != pid and int(fields[11]) > 30:
+            found.append(int(entry.name))
+    return found if len(found) >= 3 else []
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

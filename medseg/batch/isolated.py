@@ -153,7 +153,7 @@ def _serve(connection: Connection, work: Work[Any, Any], jobs: Mapping[int, Any]
     """What the process does."""
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked decides what an interruption means
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     lock = threading.Lock()
 
     def say(kind: str, content: Any) -> None:
@@ -173,7 +173,8 @@ def _serve(connection: Connection, work: Work[Any, Any], jobs: Mapping[int, Any]
         say("raised", fault)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Wait until the parent process has ended, however it did, and end this one."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

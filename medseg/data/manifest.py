@@ -107,7 +107,7 @@ class Manifest:
             DataError: If it is missing, not JSON, or lacks what a manifest needs.
             Problems: If it names files outside its root, see `check_root`.
         """
-        manifest = cls.from_dict(_read_json(path), path)
+        manifest = cls.from_dict(read_json(path), path)
         manifest.check_root()
         return manifest
 
@@ -379,7 +379,12 @@ def expand_variables(text: str, where: str | None = None) -> str:
     return re.sub(r"\$\{(\w+)\}", value, text)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a manifest's file holds.
+
+    Raises:
+        DataError: If it is missing or no JSON object.
+    """
     try:
         data = json.loads(path.read_text())
     except OSError as error:
