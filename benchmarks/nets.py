@@ -34,7 +34,7 @@ from medseg.nets.describe import CLASSES, IMAGE_CHANNELS, imagined, number_of_pa
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AUTOCAST = torch.bfloat16 if has_bf16(DEVICE) else None
 BYTES_PER_MB = 1e6
-DICE_SIZE, DICE_BATCH = (128, 128), 8
+DICE_SIZE, DICE_BATCH = (96, 96), 4
 NUM_LEARNED, NUM_TESTED = 64, 24
 
 
@@ -170,7 +170,9 @@ def draw(found: dict[str, dict[str, float]], file: Path) -> None:
         axes.plot(numbers["step_s"], numbers["dice"], "o", color="tab:blue")
         axes.annotate(name, (numbers["step_s"], numbers["dice"]), textcoords="offset points", xytext=(5, 3), fontsize=8)
     axes.set(
-        xscale="log", xlabel=f"seconds a training step ({DICE_BATCH} pictures of 128×128, {DEVICE})", ylabel="Dice"
+        xscale="log",
+        xlabel=f"seconds a training step ({DICE_BATCH} pictures of {DICE_SIZE[0]}×{DICE_SIZE[1]}, {DEVICE})",
+        ylabel="Dice",
     )
     axes.grid(visible=True, alpha=0.3)
     figure.savefig(file, dpi=120)

@@ -288,6 +288,31 @@ def compare(
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, MLflow run id, or a folder of segmentations.")],
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="PAGE", help="File to write.  [default: RUN/report.html]")
+    ] = None,
+    scans: Annotated[
+        Path | None, typer.Option(help="Scans that segmentations were made from: a folder, a file or a manifest.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Model, run folder or manifest that names the labels of segmentations.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Part of the manifest of scans, e.g. test.")] = None,
+    uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one HTML page of a run, or of segmentations, to look at and to show."""
+    with stdout_kept_free():
+        from medseg.report import report, report_summary
+
+        result = report(run, output=output, scans=scans, labels=labels, split=split, tracking_uri=uri)
+    print_result(result, as_json, report_summary)
+
+
+@app.command()
 def nets(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One network.")] = None,
     *,

@@ -145,6 +145,7 @@ def training_summary(result: Result) -> RenderableType:
         "model": result["model_dir"],
         "pictures": result["pictures"],
         "per case": result["per_case"],
+        **({"report": result["report"]} if "report" in result else {}),
         "MLflow run": f"{result['mlflow_run_id']}   (medseg ui)",
         "next": f"medseg predict {run} SCAN -o segmentations",
     }
@@ -161,6 +162,7 @@ def _folds_summary(result: Result) -> RenderableType:
     places = {
         "models": f"{folds[0]['model_dir']} and {len(folds) - 1} more",
         "per case": result["per_case"],
+        **({"report": result["report"]} if "report" in result else {}),
         "MLflow run": f"{result['mlflow_run_id']}   (medseg ui)",
         "next": f"medseg predict {folds[0]['run_dir']} SCAN -o segmentations",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import secrets
 import shlex
@@ -27,6 +28,8 @@ from medseg.display import console, track
 from medseg.errors import Interrupted, TrainingError, WorkflowError
 from medseg.metrics.table import PER_CASE, read_table, write_table
 from medseg.model import save_model
+from medseg.reporting.run import PREDICTIONS
+from medseg.reporting.run_page import REPORT, write_run_page
 from medseg.tracking.mlflow_tracker import MlflowTracker
 from medseg.training.live import LiveDisplay
 from medseg.training.memory import memory_told
@@ -47,6 +50,8 @@ FREE_TO_CHANGE = ("workers:",)
 """What a resumed run may have otherwise than it began: nobody sees in a result how many processes read its cases."""
 
 Result = dict[str, Any]
+
+log = logging.getLogger("medseg")
 
 
 def train(
@@ -121,6 +126,7 @@ def _train_fold(
             with ending_work("the training is done and saved, its scoring is not"):
                 result = _finish(plan, data, trainer, progress, tracker)
             result["seconds"] = round(time.monotonic() - started, 1)
+            _report(path, result, tracker)
             tracker.log_metrics({"seconds": result["seconds"]}, progress.step)
         folder.write(RESULT, json.dumps(result, indent=1) + "\n")
     return result
@@ -175,7 +181,10 @@ def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Prog
     scores = {}
     for which in ("best", "last") if progress.best_step < progress.step else ("best",):
         device = trainer.fabric.device.type
-        scores[which] = score_held_out(plan, data, folder.path, weights=weights[which], device=device, called=which)
+        keep_in = folder.path / PREDICTIONS if which == "best" else None
+        scores[which] = score_held_out(
+            plan, data, folder.path, weights=weights[which], device=device, called=which, keep_in=keep_in
+        )
     write_table(folder.path / PER_CASE, scores["best"])
     found = {
         "best": {"step": progress.best_step, **dice_result(scores["best"], organs)},
@@ -228,6 +237,7 @@ def _cross_validate(plan: Workflow, path: Path, hardware: Hardware) -> Result:
                 parent.log_tags({MANIFEST_TAG: digest})
                 _tell_data_set(plan, source, digest, parent)
             joint = _joint(results, path, source.labels.organs, parent)
+            _report(path, joint, parent)
         folder.write(RESULT, json.dumps(joint, indent=1) + "\n")
     return joint
 
@@ -258,6 +268,21 @@ def _tell_data_set(plan: Workflow, source: Manifest, digest: str, tracker: Mlflo
     organs = ", ".join(source.labels.organs)
     profile = {"cases": len(source.training), "organs": organs, "channels": ", ".join(source.channels)}
     tracker.log_data_set(source.name, digest, source=plan.data.manifest, profile=profile)
+
+
+def _report(folder: Path, result: Result, tracker: MlflowTracker) -> None:
+    """Write the page that people look at. A training is worth more than its report: one that fails is only told."""
+    page = folder / REPORT
+    try:
+        write_run_page(folder, page, result)
+    except Exception as error:
+        log.warning(
+            "W-REPORT %s: the training is done, but its report failed (%s: %s); try: medseg report %s",
+            folder, type(error).__name__, error, shlex.quote(str(folder)),
+        )  # fmt: skip
+        return
+    result["report"] = str(page)
+    tracker.log_file(page)
 
 
 def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:

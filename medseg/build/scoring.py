@@ -13,8 +13,10 @@ from torch import Tensor
 from medseg.build.data import TrainingData
 from medseg.build.model import predictor
 from medseg.data.sources import read_label_map
+from medseg.data.volume_io import write_volume
 from medseg.display import track
 from medseg.errors import WorkflowError
+from medseg.files import remove_leftovers
 from medseg.metrics import METRICS
 from medseg.metrics.table import Score, score_case, summarize
 from medseg.training.memory import LARGE_SCAN, memory_told
@@ -22,7 +24,14 @@ from medseg.workflow import Workflow
 
 
 def score_held_out(
-    plan: Workflow, data: TrainingData, run: Path, *, weights: Mapping[str, Tensor], device: str, called: str
+    plan: Workflow,
+    data: TrainingData,
+    run: Path,
+    *,
+    weights: Mapping[str, Tensor],
+    device: str,
+    called: str,
+    keep_in: Path | None = None,
 ) -> list[Score]:
     """Segment every held-out scan as `medseg predict` would, and score it.
 
@@ -33,6 +42,7 @@ def score_held_out(
         weights: Instead of the model's own.
         device: ``cpu`` or ``cuda``.
         called: What people call the weights.
+        keep_in: Folder for the segmentations, ``<case>.nii.gz`` on their scans' own grids; None: they are not kept.
 
     Raises:
         TrainingError: If memory runs out.
@@ -40,10 +50,15 @@ def score_held_out(
     segment = predictor(str(run), device=device, weights=weights, precision=plan.train.precision)
     scores: list[Score] = []
     numbers = data.manifest.patient_numbers()
+    if keep_in:
+        keep_in.mkdir(exist_ok=True)
+        remove_leftovers(keep_in)
     for case in track(data.held_out, f"scoring the {called} checkpoint"):
         assert case.label is not None
         with memory_told(LARGE_SCAN, where=f"case {case.id}"):
             prediction = segment.segment(case.images).label
+            if keep_in and case.id == Path(case.id).name:  # an id of a manifest may be no file name
+                write_volume(keep_in / f"{case.id}.nii.gz", prediction)
             reference = read_label_map(case.label, data.preprocessing, images=case.images, labels=data.labels)
             scores += score_case(
                 case.id,

@@ -122,6 +122,21 @@ def model_folder(model: str, uri: str | None = None) -> Path:
     return _downloaded(client, run, "model")
 
 
+def run_folder(run_id: str, uri: str | None = None) -> Path:
+    """The run folder of a run.
+
+    Raises:
+        ModelError: If there is no such run, or its folder is not on this machine.
+    """
+    run = _found(_connect(uri), run_id, uri)
+    if run.run_dir is None:
+        message = (
+            f"the folder of run {run.name!r} is not on this machine; open its artifact report.html in MLflow instead"
+        )
+        raise ModelError("E-RUN-FOLDER", message, where=run_id)
+    return run.run_dir
+
+
 def tracked_run(run_id: str, uri: str | None = None) -> TrackedRun:
     """A run with its table.
 

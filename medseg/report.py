@@ -1,0 +1,115 @@
+"""`medseg report`: a run, or a folder of segmentations, becomes one HTML page that people look at."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from medseg.data.inputs import MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases
+from medseg.data.manifest import Case, Manifest
+from medseg.errors import DataError, WorkflowError
+from medseg.labels import Labels
+from medseg.metrics.table import PER_CASE
+from medseg.model import Preprocessing, load_spec
+from medseg.reporting.batch_page import write_batch_page
+from medseg.reporting.run_page import REPORT, write_run_page
+from medseg.tracking.runs import run_folder
+from medseg.training.run_folder import RESULT
+
+Result = dict[str, Any]
+
+
+def report(
+    run: str,
+    *,
+    output: Path | None = None,
+    scans: Path | None = None,
+    labels: Path | None = None,
+    split: str | None = None,
+    tracking_uri: str | None = None,
+) -> Result:
+    """Make the page of a run, or of segmentations without references.
+
+    Args:
+        run: A run folder (of one fold or of all), a folder of `medseg evaluate`, an MLflow run id, or a folder of
+            segmentations.
+        output: The file to write; None: ``report.html`` in that folder.
+        scans: For segmentations: the scans they were made from, as files, a folder or a manifest; by the same names.
+        labels: For segmentations: a model, a run folder or a manifest that names the labels; None: the manifest of
+            the scans, or else numbers.
+        split: Part of the manifest of scans; None: its test cases, or all where it has none.
+        tracking_uri: Where to look for run ids; None: $MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db``.
+
+    Returns:
+        ``page``, ``megabytes``, ``seconds``, and how many ``cases``, ``pictures`` and ``viewer_cases`` are in it;
+        of segmentations ``outliers`` too.
+
+    Raises:
+        MedsegError: If there is nothing to report of.
+    """
+    started = time.monotonic()
+    folder = Path(run) if Path(run).exists() else run_folder(run, tracking_uri)
+    if not folder.is_dir():
+        raise DataError("E-REPORT-RUN", "is a file; name a run folder, or a folder of segmentations", where=run)
+    page = output or folder / REPORT
+    page.parent.mkdir(parents=True, exist_ok=True)
+    if _is_run(folder):
+        if scans or labels or split:
+            message = "is for segmentations without references; this is a run, which knows its own scans"
+            raise WorkflowError("E-ARGUMENT", message, where="--scans, --labels, --split")
+        found = write_run_page(folder, page, _result(folder))
+    else:
+        found = _report_segmentations(folder, page, scans=scans, labels=labels, split=split)
+    megabytes = round(page.stat().st_size / 1e6, 1)
+    return {"page": str(page), **found, "megabytes": megabytes, "seconds": round(time.monotonic() - started, 1)}
+
+
+def report_summary(result: Mapping[str, Any]) -> Text:
+    """Where the page is and what is in it."""
+    outliers = f", {result['outliers']} of them with a volume that stands out" if "outliers" in result else ""
+    shown = f"{result['pictures']} in pictures, {result['viewer_cases']} in the viewer"
+    text = f"{result['cases']} cases{outliers}; {shown}; {result['megabytes']} MB\nopen in a browser: {result['page']}"
+    return Text(text, overflow="ignore", no_wrap=True)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it is of a training, finished or not, or holds a table."""
+    return any((folder / name).exists() for name in (PER_CASE, RESULT, "checkpoints", "folds.json"))
+
+
+def _result(folder: Path) -> Result:
+    path = folder / RESULT
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _report_segmentations(
+    folder: Path, page: Path, *, scans: Path | None, labels: Path | None, split: str | None
+) -> dict[str, int]:
+    predictions = [case for case in find_cases([folder]) if not case.id.endswith(PROBABILITIES)]
+    check_unique(predictions)
+    known: list[Case] = find_cases([scans], split=split) if scans else []
+    named = labels or (scans if scans and scans.suffix == MANIFEST_SUFFIX else None)
+    described, preprocessing = _described(named) if named else (None, Preprocessing())
+    return write_batch_page(
+        predictions,
+        page,
+        name=folder.resolve().name,
+        labels=described,
+        scans={case.id: case for case in known},
+        preprocessing=preprocessing,
+    )
+
+
+def _described(path: Path) -> tuple[Labels, Preprocessing]:
+    """What the labels are called, and how scans are read."""
+    if path.suffix == MANIFEST_SUFFIX:
+        manifest = Manifest.load(path)
+        intensity = Preprocessing().intensity * len(manifest.channels)
+        return manifest.labels, Preprocessing(intensity=intensity)
+    spec = load_spec(path / "model" if (path / "model").is_dir() else path)
+    return spec.labels, spec.preprocessing

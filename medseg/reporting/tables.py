@@ -1,0 +1,163 @@
+"""The table of cases, worst first, and what ranks them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from medseg.metrics import METRICS
+from medseg.metrics.table import Score
+
+MAX_ORGAN_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Args:
+        heading: Plain text.
+        cells: A number or a text for each row; NaN is shown as a dash.
+        digits: Behind the point.
+        hint: What the heading means.
+    """
+
+    heading: str
+    cells: Sequence[float | str]
+    digits: int = 3
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case.
+
+    Args:
+        case: Its id.
+        anchor: Its row's id in the page.
+        organs: By organ the scores of it.
+        rank: Mean over the organs of the metric that ranks; NaN: none has a value.
+    """
+
+    case: str
+    anchor: str
+    organs: Mapping[str, Score]
+    rank: float
+
+    def mean(self, metric: str) -> float:
+        """Over the organs that have a value."""
+        return mean_of([score.values.get(metric, math.nan) for score in self.organs.values()])
+
+    @property
+    def notes(self) -> str:
+        return "; ".join(f"{organ}: {score.note}" for organ, score in self.organs.items() if score.note)
+
+
+def rank_cases(scores: Sequence[Score], metric: str) -> list[Row]:
+    """The cases, worst first; those without a value come last.
+
+    Args:
+        scores: Of any number of cases.
+        metric: What ranks them.
+    """
+    by_case: dict[str, dict[str, Score]] = {}
+    for score in scores:
+        by_case.setdefault(score.case, {})[score.organ] = score
+    rows = [
+        Row(case, f"case-{n}", organs, mean_of([score.values.get(metric, math.nan) for score in organs.values()]))
+        for n, (case, organs) in enumerate(by_case.items())
+    ]
+    sign = -1 if is_lower_better(metric) else 1
+    return sorted(rows, key=lambda row: (math.isnan(row.rank), 0 if math.isnan(row.rank) else sign * row.rank))
+
+
+def cases_table(rows: Sequence[Row], metrics: Sequence[str], pictured: Mapping[str, str]) -> str:
+    """The table of cases.
+
+    Args:
+        rows: Worst first.
+        metrics: The one that ranks first.
+        pictured: Anchor of the picture of each case that has one, by case.
+    """
+    main, *others = metrics
+    organs = list(dict.fromkeys(organ for row in rows for organ in row.organs))
+    columns = [Column(f"mean {title_of(main)}", [row.rank for row in rows])] if len(organs) > 1 else []
+    for organ in organs if len(organs) <= MAX_ORGAN_COLUMNS else ():
+        cells = [row.organs[organ].values.get(main, math.nan) if organ in row.organs else math.nan for row in rows]
+        columns.append(Column(organ, cells, hint=f"{title_of(main)} of {organ}"))
+    for metric in others:
+        columns.append(
+            Column(
+                f"mean {title_of(metric)}",
+                [row.mean(metric) for row in rows],
+                digits=2 if "mm" in title_of(metric) else 3,
+            )
+        )
+    if any(row.notes for row in rows):
+        columns.append(Column("note", [row.notes for row in rows]))
+    return sortable_table([(row.case, row.anchor) for row in rows], columns, pictured)
+
+
+def sortable_table(
+    rows: Sequence[tuple[str, str]], columns: Sequence[Column], pictured: Mapping[str, str], *, caption: str = "Cases"
+) -> str:
+    """A table whose headings sort it.
+
+    Args:
+        rows: Case and anchor of each.
+        columns: What is told of them.
+        pictured: Anchor of the picture of each case that has one, by case.
+        caption: Plain text, for those who hear the page.
+    """
+    headings = "".join(
+        f'<th scope="col"{_kind(column)}><button type="button" title="{escape(column.hint)}">'
+        f"{escape(column.heading)}</button></th>"
+        for column in [Column("case", [""]), *columns]
+    )
+    body = []
+    for n, (case, anchor) in enumerate(rows):
+        name = escape(case)
+        shown = f'<a href="#{pictured[case]}">{name}</a>' if case in pictured else name
+        cells = "".join(_cell(column, column.cells[n]) for column in columns)
+        body.append(f'<tr id="{anchor}"><th scope="row" data-value="{name}">{shown}</th>{cells}</tr>')
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="sortable">'
+        f"<thead><tr>{headings}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table></div>"
+    )
+
+
+def number(value: float, digits: int = 3) -> str:
+    """For people; a dash where there is none."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Of those that are there; NaN if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def title_of(metric: str) -> str:
+    """What people call it, short."""
+    return {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (mm)", "hd": "HD (mm)", "assd": "ASSD (mm)"}.get(metric, metric)
+
+
+def is_lower_better(metric: str) -> bool:
+    """Distances and errors; a column of no known metric is taken for a score."""
+    name = metric.partition(":")[0]
+    return name in METRICS and getattr(METRICS[name], "lower_is_better", False)
+
+
+def _kind(column: Column) -> str:
+    return ' class="text"' if any(isinstance(cell, str) for cell in column.cells) else ""
+
+
+def _cell(column: Column, value: float | str) -> str:
+    if isinstance(value, str):
+        return f'<td class="text">{escape(value)}</td>'
+    sorted_by = f"{value:.6g}" if math.isfinite(value) else ""
+    return f'<td data-value="{sorted_by}">{number(value, column.digits)}</td>'
