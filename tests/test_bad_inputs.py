@@ -359,11 +359,11 @@ def elsewhere(data: DataSet) -> None:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """No file can be made larger than 4 kB, as on a disk without room."""
+    """No file can be made larger than 16 kB, as on a disk without room."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     processes = [os.getpid(), *([server] if (server := forkserver._forkserver._forkserver_pid) else [])]
     for process in processes:  # this one and, if it runs already, the one that processes for work are forked from
-        resource.prlimit(process, resource.RLIMIT_FSIZE, (4096, before[1]))
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (16384, before[1]))
     try:
         yield
     finally:

@@ -66,8 +66,12 @@ class Spool:
             if _identity(record) not in self._known:
                 lines.append(json.dumps(record).encode() + b"\n")
                 self._learn(record)
-        with self._path.open("ab") as stream:
-            stream.write(b"".join(lines))
+        try:
+            with self._path.open("ab") as stream:
+                stream.write(b"".join(lines))
+        except OSError as error:
+            error.filename = str(self._path)  # which writing leaves out
+            raise
 
     def read(self, start: int = 0) -> list[Line]:
         """The whole lines from a byte offset on; safe to call while another thread appends."""

@@ -17,7 +17,7 @@ MAX_RESTARTS = 2
 FORGIVEN_AFTER = 100
 """Batches after which a death no longer counts as one in a row with the next."""
 
-DYING_SECONDS = 1.0
+DYING_SECONDS = 10.0
 
 REMEDIES = {
     "SIGKILL": "the system kills what takes its last memory: use fewer train.workers, data.cache: disk, or more memory",
