@@ -29,6 +29,7 @@ from medseg.metrics.paired import (
     correct_p_values,
     counted,
     data_hashes,
+    differing_references,
     held_to,
     lower_is_better,
     named,
@@ -124,12 +125,9 @@ def compare(
         if output:
             _write(output, files)
         result["warnings"] += _logged(run_ids, files, result, tracking_uri)
-    worse = [c["run"] for c in result["comparisons"] if c["worse"] or c["unpaired"]["baseline"]]
-    if fail_if_worse and worse:
-        raise DataError(
-            "E-COMPARE-WORSE",
-            f"mean {metric} is worse than that of {baseline.name}, or cases are missing: {', '.join(worse)}",
-        )
+    if fail_if_worse and (worse := [text for c in result["comparisons"] if (text := _why_worse(c))]):
+        message = f"worse than {baseline.name} in {metric}: {'; '.join(worse)}"
+        raise DataError("E-COMPARE-WORSE", message)
     return result
 
 
@@ -217,6 +215,18 @@ def comparison_table(result: Mapping[str, Any]) -> RenderableType:
 _HEADINGS = (
     "n", "before", "now", "difference\n[95 % interval]", "p\n(Holm)", "effect", "win/tie\n/loss", "missed",
 )  # fmt: skip
+
+
+def _why_worse(comparison: Mapping[str, Any]) -> str:
+    """Empty if the run is not."""
+    reasons = []
+    if comparison["lost"]:
+        reasons.append(f"{len(comparison['lost'])} results are missing")
+    if cases := comparison["unpaired"]["baseline"]:
+        reasons.append(f"cases are missing: {named(cases)}")
+    if comparison["worse"] and not comparison["lost"]:
+        reasons.append(f"mean difference {comparison['mean_difference']:+.4f}")
+    return f"{comparison['run']} ({', '.join(reasons)})" if reasons else ""
 
 
 def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -344,6 +354,8 @@ def _warnings(baseline: RunTable, other: RunTable, comparison: Result) -> list[s
             f"{other.label}: {unscored} pairs are left out, as a value is not defined where an organ was missed or invented"
             " (distances count as the scan's diagonal where the tables have a column diagonal_mm)"
         )
+    if differing := [f"{organ} of {case}" for case, organ in differing_references(baseline, other)]:
+        found.append(f"{other.label}: scored against other references, one of the two being empty: {named(differing)}")
     if hashes := data_hashes([baseline, other]):
         found.append(f"the runs were made from different data, which may be why they differ: {'; '.join(hashes)}")
     return found

@@ -434,3 +434,27 @@ def test_forty_runs_of_a_hundred_cases_are_ranked_in_seconds(tmp_path: Path, mon
     assert ranking[0]["mean"] - ranking[-1]["mean"] > 0.02
     assert ranking[-1]["p_holm"] < 0.001
     assert seconds < 3  # reading them from the store comes on top
+
+
+@pytest.mark.parametrize("metric", ["volume_ml", "relative_volume_difference", "note"])
+def test_what_has_no_better_and_worse_is_not_compared(runs: list[str], metric: str) -> None:
+    for run in (Path(runs[0], "per_case.csv"), Path(runs[1])):
+        run.write_text(run.read_text().replace("hd95", metric, 1) if metric != "note" else run.read_text())
+    with pytest.raises(DataError, match="E-COMPARE-METRIC"):
+        compare(runs, metric=metric)
+
+
+def test_a_result_that_only_the_first_run_has_makes_the_other_worse_whatever_its_notes_say(tmp_path: Path) -> None:
+    rows = [f"{case},liver,{value}" for case, value in zip("abc", (2.0, 3.0, 4.0), strict=True)]
+    (tmp_path / "before.csv").write_text("\n".join(["case,organ,hd95", *rows]))
+    (tmp_path / "now.csv").write_text("\n".join(["case,organ,hd95", *rows[:2], "c,liver,"]))
+    with pytest.raises(DataError, match=r"E-COMPARE-WORSE .*now\.csv \(1 results are missing\)"):
+        compare([str(tmp_path / "before.csv"), str(tmp_path / "now.csv")], metric="hd95", fail_if_worse=True)
+
+
+def test_references_that_differ_are_told(runs: list[str]) -> None:
+    now = Path(runs[1])
+    now.write_text(NOW.replace("c,liver,6.0,0.60,", "c,liver,,0,false positive: absent in the reference"))
+    warnings = compare(runs)["comparisons"] and compare(runs)["warnings"]
+    assert any("scored against other references" in text and "liver of c" in text for text in warnings)
+    assert not any("other references" in text for text in compare([runs[0], runs[0]])["warnings"])

@@ -121,7 +121,10 @@ def parsed_table(name: str, rows: Sequence[Mapping[str, str]], metric: str, **kn
     columns = set(rows[0]) if rows else set()
     if not {"case", "organ"} <= columns:
         raise DataError("E-COMPARE-TABLE", "needs rows with the columns case, organ and a metric", where=name)
-    if metric not in columns:
+    if metric in METRICS and not METRICS[metric].is_ranked:
+        message = f"{metric!r} has no better and worse; compare by absolute_volume_difference_ml or another error"
+        raise DataError("E-COMPARE-METRIC", message, where=name)
+    if metric not in columns or metric in NOT_METRICS:
         hint = did_you_mean(metric, columns.difference(NOT_METRICS))
         raise DataError("E-COMPARE-METRIC", f"has no column {metric!r}{hint}", where=name)
     values: dict[Key, float] = {}
@@ -271,7 +274,8 @@ def _is_unscored(baseline: RunTable, other: RunTable, key: Key) -> bool:
 def _is_lost(baseline: RunTable, other: RunTable, key: Key) -> bool:
     if key not in other.values:
         return True
-    return other.says(key, MISSED) and math.isnan(other.values[key]) and not math.isnan(baseline.values[key])
+    gone = math.isnan(other.values[key]) and not math.isnan(baseline.values[key])
+    return gone and not other.says(key, ABSENT)  # which is no fault: there the first run invented the organ
 
 
 def ranked(tables: Sequence[RunTable], grid: Grid, keys: Sequence[Key], sign: int) -> list[Result]:
@@ -301,6 +305,14 @@ def ranked(tables: Sequence[RunTable], grid: Grid, keys: Sequence[Key], sign: in
         }
         for n in order
     ]
+
+
+def differing_references(baseline: RunTable, other: RunTable) -> list[Key]:
+    """What only one of two runs was scored against: there the other's reference is empty, by the notes of both."""
+    if not (any(baseline.notes.values()) or any(other.notes.values())):
+        return []
+    empty = [{key for key in table.notes if table.says(key, ABSENT, SPURIOUS)} for table in (baseline, other)]
+    return sorted(key for key in empty[0] ^ empty[1] if key in baseline.values and key in other.values)
 
 
 def data_hashes(tables: Sequence[RunTable]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from medseg.data.checks import check_label_values
 from medseg.data.manifest import Case
 from medseg.data.volume_io import read_label
 from medseg.display import track
@@ -97,10 +98,12 @@ def write_batch_page(
         ``cases``, ``outliers``, ``pictures`` and ``viewer_cases``: how many of each are in it.
 
     Raises:
-        DataError: If a label map cannot be read.
+        DataError: If a label map cannot be read, or holds what the labels do not declare.
     """
     counts = {case.id: _volumes_by_value(case.images[0]) for case in track(predictions, "measuring")}
     labels = labels or _numbered_labels(counts)
+    for case in predictions:
+        check_label_values(np.array(list(counts[case.id]), dtype=np.int64), labels, str(case.images[0]))
     volumes = {
         case: {organ: sum(found.get(value, 0.0) for value in values) for organ, values in labels.organ_values.items()}
         for case, found in counts.items()

@@ -75,3 +75,19 @@ def test_with_its_scans_it_shows_them_and_names_the_organs(segmentations: Path, 
     assert "spleen: not found" in html
     assert 'name="reference"' not in html, "there is none to show"
     assert result["megabytes"] < 20
+
+
+def test_values_that_the_labels_do_not_declare_are_refused(segmentations: Path, tmp_path: Path) -> None:
+    from medseg.data.volume_io import read_label, write_volume
+    from medseg.errors import DataError
+    from medseg.geometry import Volume
+    from medseg.report import report
+
+    from .run_folders import write_spec
+
+    write_spec(tmp_path / "model", fold=0)
+    label = read_label(segmentations / "p3.nii.gz")
+    label.array[label.array == 1] = 9
+    write_volume(segmentations / "p3.nii.gz", Volume(label.array, label.geometry))
+    with pytest.raises(DataError, match=r"E-LABEL-UNDECLARED .*p3\.nii\.gz: holds label 9"):
+        report(str(segmentations), labels=tmp_path / "model")
