@@ -180,6 +180,9 @@ def evaluate(
     if missing_as_empty:
         pairs += [expected[name] for name in unmatched["references"]]
     if missing_as_empty or (manifest and split is None):  # nobody said that all of them should have been predicted
+        if unmatched["references"] and not missing_as_empty:
+            message = "W-PART %d of the manifest's %d cases are predicted and scored; --missing-as-empty counts all"
+            log.warning(message, len(pairs), len(expected))
         unmatched["references"] = []
     _warn_of(unmatched)
     _check_probabilities(chosen, pairs, described if not translation else None)

@@ -613,3 +613,9 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_cases_of_a_manifest_that_nobody_predicted_are_counted(folders, caplog):
+    (folders / "predictions" / "case_3.nii.gz").unlink()
+    assert evaluate(folders / "predictions", folders / "dataset.json")["cases"] == 3
+    assert "W-PART 3 of the manifest's 4 cases are predicted" in caplog.text
