@@ -19,8 +19,13 @@ FORGIVEN_AFTER = 100
 
 DYING_SECONDS = 10.0
 
+LOST = "something that broke its connection"
+"""What ended a worker that is gone before it can be asked."""
+
+LAST_MEMORY = "the system kills what takes its last memory: use fewer train.workers, data.cache: disk, or more memory"
 REMEDIES = {
-    "SIGKILL": "the system kills what takes its last memory: use fewer train.workers, data.cache: disk, or more memory",
+    "SIGKILL": LAST_MEMORY,
+    LOST: LAST_MEMORY,
     "SIGBUS": "shared memory may be full: enlarge /dev/shm, or use fewer train.workers",
 }
 OTHER_REMEDY = "with train.workers=0 cases are read without worker processes, and --debug shows where that breaks"
@@ -43,15 +48,17 @@ def lasting_batches(loader: Callable[[int], Iterable[Batch]], first: int, *, whe
     """
     number, restarts, restarted_at = first, 0, first
     while True:
-        batches = _started(loader(number))
-        workers = getattr(batches, "_workers", ())  # torch tells of them nowhere else
+        batches: Iterator[Batch] | None = None
+        workers: Iterable[Any] = ()
         try:
+            batches = _started(loader(number))
+            workers = getattr(batches, "_workers", ())  # torch tells of them nowhere else
             for batch in batches:
                 number += 1
                 yield batch
             return
-        except Exception:
-            death = _death(workers)
+        except Exception as error:
+            death = _death(workers) or (LOST if isinstance(error, ConnectionError | EOFError) else None)
             if death is None:
                 raise
         restarts = restarts + 1 if number - restarted_at < FORGIVEN_AFTER else 1

@@ -16,9 +16,10 @@ from medseg.reporting.run_page import write_run_page
 from .browser import Browser, find_browser
 from .run_folders import make_run, right_sided, shifted
 
-pytestmark = pytest.mark.skipif(
-    find_browser() is None, reason="no Chromium is installed (on Debian: apt install chromium)"
-)
+pytestmark = [
+    pytest.mark.slow,  # without a GPU a view takes half a minute to draw
+    pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed (on Debian: apt install chromium)"),
+]
 
 Picture = npt.NDArray[np.uint8]
 READY = "document.getElementById('viewer').dataset"
