@@ -89,13 +89,17 @@ def compared(runs: list[Path], metric: str, output: Path) -> list[str]:
     result = medseg("compare", *map(str, runs), "--metric", metric, "--output", str(output))
     first, *_ = result["comparisons"]
     organs = list(first["organs"])
-    lines = [f"| {metric} | {' | '.join(f'{organ} | difference' for organ in organs)} |", "|---" * (1 + 2 * len(organs)) + "|"]
+    lines = [
+        f"| {metric} | {' | '.join(f'{organ} | difference' for organ in organs)} |",
+        "|---" * (1 + 2 * len(organs)) + "|",
+    ]
     cells = " | ".join(f"{interval(first['organs'][organ], 'baseline')} | " for organ in organs)
     lines.append(f"| `{runs[0].name}` | {cells} |")
     for run, comparison in zip(runs[1:], result["comparisons"], strict=True):
         found = [comparison["organs"][organ] for organ in organs]
         cells = " | ".join(
-            f"{interval(organ, 'run')} | {interval(organ, 'difference', '+')}, p {organ['p_holm']:.3f}" for organ in found
+            f"{interval(organ, 'run')} | {interval(organ, 'difference', '+')}, p {organ['p_holm']:.3f}"
+            for organ in found
         )
         lines.append(f"| `{run.name}` | {cells} |")
     return lines

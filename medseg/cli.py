@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 import typer
 
 from medseg import __version__
+from medseg.display import console
 from medseg.errors import WorkflowError
 from medseg.outcome import (
     REFUSED,
     SOME_CASES_FAILED,
+    WORSE,
     OneMessage,
     described,
     parts_table,
@@ -258,7 +260,7 @@ def compare(
         Path | None, typer.Option("--output", "-o", help="Folder for the tables, the figure and the page.")
     ] = None,
     fail_if_worse: Annotated[
-        bool, typer.Option("--fail-if-worse", help="Exit with 2 if a run is worse than the first on average.")
+        bool, typer.Option("--fail-if-worse", help="Exit with 1 if a run is worse than the first on average.")
     ] = False,
     log: Annotated[
         bool, typer.Option("--log/--no-log", help="Put the comparison beside the artifacts of runs named by MLflow id.")
@@ -271,20 +273,18 @@ def compare(
             "E-COMPARE-RUNS", "ranks all its runs; give neither runs nor --fail-if-worse", "--experiment"
         )
     with stdout_kept_free():
+        from medseg.compare import compare, rank_experiment
+        from medseg.reporting.comparison_table import comparison_table, ranking_table
+
         if experiment is not None:
-            from medseg.compare import rank_experiment, ranking_table
-
-            ranked = rank_experiment(experiment, metric=metric, tracking_uri=uri, output=output)
+            result = rank_experiment(experiment, metric=metric, tracking_uri=uri, output=output)
         else:
-            from medseg.compare import compare, comparison_table
-
-            result = compare(
-                runs or [], metric=metric, tracking_uri=uri, output=output, fail_if_worse=fail_if_worse, log=log
-            )
-    if experiment is not None:
-        print_result(ranked, as_json, ranking_table)
-    else:
-        print_result(result, as_json, comparison_table)
+            result = compare(runs or [], metric=metric, tracking_uri=uri, output=output, log=log)
+    print_result(result, as_json, comparison_table if experiment is None else ranking_table)
+    if fail_if_worse and (worse := [found for found in result["comparisons"] if found["worse"]]):
+        told = "; ".join(f"{found['label']} ({', '.join(found['why_worse'])})" for found in worse)
+        console().print(f"worse than {result['baseline_label']} in {metric}: {told}", markup=False, soft_wrap=True)
+        raise typer.Exit(WORSE)
 
 
 @app.command()

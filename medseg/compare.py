@@ -16,10 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
-from rich.table import Column, Table
-from rich.text import Text
 
 from medseg.errors import DataError, ModelError, WorkflowError
 from medseg.files import write_atomically
@@ -33,28 +29,19 @@ from medseg.metrics.paired import (
     held_to,
     lower_is_better,
     named,
+    num_as_diagonal,
     paired,
     parsed_table,
     ranked,
     side_by_side,
     sign_of,
 )
-from medseg.metrics.statistics import MIN_PATIENTS
 from medseg.metrics.table import PER_CASE
-from medseg.reporting.comparison import (
-    comparison_figure,
-    comparison_page,
-    p_text,
-    png,
-    ranking_figure,
-    ranking_page,
-    with_interval,
-)
+from medseg.reporting.comparison import comparison_page, ranking_page
+from medseg.reporting.comparison_figure import Differences, comparison_figure, png, ranking_figure
 from medseg.tracking.runs import experiment_runs, log_comparison, tracked_run
 
 Result = dict[str, Any]
-Differences = Sequence[Mapping[str, Mapping[str, float]]]
-"""Of each comparison, by organ and case."""
 
 
 def compare(
@@ -63,7 +50,6 @@ def compare(
     metric: str = "dice",
     tracking_uri: str | None = None,
     output: Path | None = None,
-    fail_if_worse: bool = False,
     log: bool = True,
 ) -> Result:
     """Hold every run to the first, on the cases that both have.
@@ -80,24 +66,26 @@ def compare(
         tracking_uri: Where to look for run ids; None: $MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db``.
         output: Folder for ``comparison.csv`` (a row per run and organ), ``pairs.csv`` (a row per case and organ, the
             values as they were counted), ``comparison.png`` and ``comparison.html``.
-        fail_if_worse: Raise if a run is worse than the first: if its mean over the organs of the mean difference is on
-            the wrong side (by more than 1e-6, significant or not), or results that the first has are missing: a case,
-            an organ of a case, or a missed organ's distance that cannot be counted.
         log: Put the same files beside the artifacts of the runs that were named by an MLflow id.
 
     Returns:
-        ``metric, lower_is_better, baseline, comparisons, warnings, page``. ``comparisons`` has for each other run
-        ``run, organs, n_cases, mean_difference, mean_ci95, worse, lost, unpaired {baseline, run}``, and for each organ
-        ``n, n_patients, baseline, run, difference, ci95, p, p_holm, effect_size, wins, ties, losses, n_unscored,
-        missed_baseline, missed_run, spurious_baseline, spurious_run``. ``difference`` is run − baseline;
+        ``metric, lower_is_better, baseline, comparisons, n_as_diagonal, names_patients, warnings, page``.
+        ``comparisons`` has for each other run ``run, organs, n_cases, mean_difference, mean_ci95, worse, why_worse,
+        lost, unpaired {baseline, run}``, and for each organ ``n, n_patients, baseline, baseline_ci95, run, run_ci95,
+        difference, ci95, p, p_holm, effect_size, wins, ties, losses, n_unscored, missed_baseline, missed_run,
+        spurious_baseline, spurious_run``. ``difference`` is run − baseline, and ``ci95`` its interval;
         ``effect_size`` is the matched-pairs rank-biserial correlation, positive where the run is better. ``p`` is
         Wilcoxon's signed-rank test, NaN for fewer than six patients; ``p_holm`` is corrected over all organs and runs.
         ``lost`` lists what the first run has of a case and the other lacks; ``n_unscored`` counts pairs that cannot
-        be compared, as when an organ was missed and has no surface distance.
+        be compared, as when an organ was missed and has no surface distance; ``n_as_diagonal`` organs that any run missed
+        or invented and that have the diagonal as distance. A run is ``worse`` if its mean over the organs of the mean difference is on the wrong side
+        (by more than 1e-6, significant or not), or results that the first has are missing: a case, an organ of a
+        case, or a missed organ's distance that cannot be counted. ``names_patients``: whether the tables say whose
+        each case is; else every case is taken for another patient.
 
     Raises:
         WorkflowError: If there are fewer than two runs.
-        DataError: If a table cannot be read or lacks the metric, no case is in both, or a run is worse.
+        DataError: If a table cannot be read or lacks the metric, or no case is in both.
         ModelError: If a run id is not known.
     """
     if len(runs) < 2:
@@ -112,6 +100,8 @@ def compare(
         "comparisons": [
             held_to(baseline, other, grid, sign_of(metric)) for other, grid in zip(others, grids, strict=True)
         ],
+        "n_as_diagonal": num_as_diagonal(tables, metric),
+        "names_patients": any(table.patients for table in tables),
         "warnings": [],
         "page": str(output / "comparison.html") if output else None,
     }
@@ -125,9 +115,6 @@ def compare(
         if output:
             _write(output, files)
         result["warnings"] += _logged(run_ids, files, result, tracking_uri)
-    if fail_if_worse and (worse := [text for c in result["comparisons"] if (text := _why_worse(c))]):
-        message = f"worse than {baseline.name} in {metric}: {'; '.join(worse)}"
-        raise DataError("E-COMPARE-WORSE", message)
     return result
 
 
@@ -146,7 +133,8 @@ def rank_experiment(
         output: Folder for ``ranking.csv``, ``ranking.png`` and ``ranking.html``.
 
     Returns:
-        ``metric, lower_is_better, experiment, n_cases, n_patients, organs, ranking, warnings, page``. ``ranking`` has
+        ``metric, lower_is_better, experiment, n_cases, n_patients, organs, ranking, n_as_diagonal, names_patients,
+        warnings, page``. ``ranking`` has
         for each run, the best first, ``run, run_id, mean, ci95, difference, difference_ci95, p, p_holm, missed,
         spurious``: the mean over the organs of the mean over the cases, and its difference from the best run's. ``p``
         is of the patients' means over the organs, corrected over the runs; NaN for the best.
@@ -172,6 +160,8 @@ def rank_experiment(
         "n_patients": len(set(grid.patients)),
         "organs": grid.organs,
         "ranking": ranked(tables, grid, keys, sign_of(metric)),
+        "n_as_diagonal": num_as_diagonal(tables, metric),
+        "names_patients": any(table.patients for table in tables),
         "warnings": warnings,
         "page": str(output / "ranking.html") if output else None,
     }
@@ -186,94 +176,6 @@ def rank_experiment(
             },
         )
     return result
-
-
-def comparison_table(result: Mapping[str, Any]) -> RenderableType:
-    """What `compare` found, for people."""
-    shown: list[RenderableType] = []
-    for comparison in result["comparisons"]:
-        table = Table(
-            Column("organ", overflow="fold", min_width=9, vertical="bottom"),
-            *(Column(heading, justify="right", no_wrap=True, vertical="bottom") for heading in _HEADINGS),
-            title=f"{result['metric']}: {comparison['label']} compared with {result['baseline_label']}",
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        for organ, found in comparison["organs"].items():
-            table.add_row(organ, *_cells(found))
-        table.add_section()
-        mean = with_interval(comparison["mean_difference"], comparison["mean_ci95"], signed=True)
-        table.add_row("mean", "", "", "", mean)
-        shown.append(table)
-    lines = [*result["warnings"], *_small_print(result)]
-    lines += [f"page: {result['page']}"] if result["page"] else []
-    return Group(*shown, Text("\n".join(lines)))
-
-
-_HEADINGS = (
-    "n", "before", "now", "difference\n[95 % interval]", "p\n(Holm)", "effect", "win/tie\n/loss", "missed",
-)  # fmt: skip
-
-
-def _why_worse(comparison: Mapping[str, Any]) -> str:
-    """Empty if the run is not."""
-    reasons = []
-    if comparison["lost"]:
-        reasons.append(f"{len(comparison['lost'])} results are missing")
-    if cases := comparison["unpaired"]["baseline"]:
-        reasons.append(f"cases are missing: {named(cases)}")
-    if comparison["worse"] and not comparison["lost"]:
-        reasons.append(f"mean difference {comparison['mean_difference']:+.4f}")
-    return f"{comparison['run']} ({', '.join(reasons)})" if reasons else ""
-
-
-def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        str(found["n"]),
-        f"{found['baseline']:.3f}",
-        f"{found['run']:.3f}",
-        with_interval(found["difference"], found["ci95"], signed=True),
-        p_text(found["p_holm"]),
-        "–" if math.isnan(found["effect_size"]) else f"{found['effect_size']:+.2f}",
-        f"{found['wins']}/{found['ties']}/{found['losses']}",
-        f"{found['missed_baseline']}→{found['missed_run']}",
-    )
-
-
-def _small_print(result: Mapping[str, Any]) -> list[str]:
-    """What the figures of the table are."""
-    tested = [found for c in result["comparisons"] for found in c["organs"].values()]
-    lines = [
-        "effect: matched-pairs rank-biserial correlation, +1 where every case is better, −1 where every one is worse"
-    ]
-    if any(math.isnan(found["p"]) for found in tested):
-        lines.append(f"too few: with fewer than {MIN_PATIENTS} patients no p can be below 0.05")
-    return lines
-
-
-def ranking_table(result: Mapping[str, Any]) -> RenderableType:
-    """What `rank_experiment` found, for people."""
-    headings = ("mean\n[95 % interval]", "difference\nto the best", "p\n(Holm)", "missed")
-    table = Table(
-        Column("", justify="right"),
-        Column("run", overflow="fold", min_width=9, vertical="bottom"),
-        *(Column(heading, justify="right", no_wrap=True, vertical="bottom") for heading in headings),
-        title=f"{result['metric']} of {result['experiment']}: {len(result['ranking'])} runs, {result['n_cases']} cases",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for place, row in enumerate(result["ranking"], start=1):
-        difference = with_interval(row["difference"], row["difference_ci95"], signed=True) if place > 1 else ""
-        p = p_text(row["p_holm"]) if place > 1 else ""
-        table.add_row(
-            str(place), row["run"], with_interval(row["mean"], row["ci95"]), difference, p, str(row["missed"])
-        )
-    lines = [*result["warnings"], *([f"page: {result['page']}"] if result["page"] else [])]
-    return Group(table, Text("\n".join(lines)))
 
 
 def _table(run: str, metric: str, tracking_uri: str | None) -> RunTable:

@@ -24,6 +24,7 @@ from medseg.files import NO_ROOM
 
 Result = Mapping[str, Any]
 
+WORSE = 1
 REFUSED = 2
 SOME_CASES_FAILED = 3
 INTERNAL_ERROR = 4

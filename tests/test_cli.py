@@ -40,8 +40,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
         stand = ModuleType(module or f"medseg.{verb}")
         setattr(stand, verb, stand_in)
-        stand.comparison_table = lambda result: ""  # what the commands import beside `compare` and `evaluate`
-        stand.evaluation_table = lambda result: ""
+        stand.evaluation_table = lambda result: ""  # what the command imports beside `evaluate`
+        stand.rank_experiment = stand_in
         monkeypatch.setitem(sys.modules, stand.__name__, stand)
         monkeypatch.setattr(
             "medseg.workflow.Workflow.load", lambda path, overrides: None
@@ -136,11 +136,21 @@ def test_evaluate_splits_the_metrics_at_commas(fake: Fake) -> None:
 
 
 def test_compare_hands_over_all_runs_in_their_order(fake: Fake) -> None:
-    calls = fake("compare")
-    assert medseg("compare", "b", "a", "c", "--fail-if-worse").exit_code == 0
+    calls = fake("compare", {"warnings": []})
+    assert medseg("compare", "b", "a", "c", "--json").exit_code == 0
     assert calls[0]["args"] == (["b", "a", "c"],)
-    assert calls[0]["fail_if_worse"] is True
     assert calls[0]["log"] is True
+
+
+@pytest.mark.parametrize(("worse", "code"), [(False, 0), (True, 1)])
+def test_a_worse_run_is_an_exit_code_of_its_own_after_the_result(fake: Fake, worse: bool, code: int) -> None:
+    found = {"label": "now", "worse": worse, "why_worse": ["mean difference -0.0100"]}
+    fake("compare", {"baseline_label": "before", "comparisons": [found]})
+    done = medseg("compare", "before", "now", "--fail-if-worse", "--json")
+    assert done.exit_code == code
+    assert json.loads(done.stdout)["comparisons"][0]["worse"] is worse
+    assert ("worse than before in dice: now (mean difference -0.0100)" in done.stderr) is worse
+    assert medseg("compare", "before", "now", "--json").exit_code == 0
 
 
 def test_an_experiment_is_ranked_instead_of_runs(fake: Fake) -> None:

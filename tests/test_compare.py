@@ -13,10 +13,11 @@ from rich.console import Console, RenderableType
 from scipy import stats
 
 from medseg import compare as module
-from medseg.compare import compare, comparison_table, rank_experiment, ranking_table
+from medseg.compare import compare, rank_experiment
 from medseg.errors import DataError, ModelError, WorkflowError
 from medseg.metrics.statistics import bootstrap_ci
 from medseg.outcome import print_result
+from medseg.reporting.comparison_table import comparison_table, ranking_table
 from medseg.tracking.mlflow_tracker import open_store
 from medseg.tracking.runs import TrackedRun
 
@@ -59,7 +60,7 @@ def test_runs_are_paired_by_case_and_organ_whatever_their_order(runs: list[str])
     spleen = comparison["organs"]["spleen"]
     assert (spleen["n"], spleen["wins"], spleen["n_unscored"]) == (1, 1, 0)  # b has no spleen in either
     assert comparison["mean_difference"] == pytest.approx((0.08 / 3 + 0.05) / 2)
-    assert comparison["worse"] is False
+    assert comparison["why_worse"] == ["cases are missing: d"]  # though better in the mean
     assert comparison["unpaired"] == {"baseline": ["d"], "run": ["e"]}
 
 
@@ -71,7 +72,7 @@ def test_of_distances_less_is_better_and_a_missed_organ_is_counted_apart(runs: l
 
 
 def test_a_run_is_neither_better_nor_worse_than_itself(runs: list[str]) -> None:
-    comparison = compare([runs[0], runs[0]], fail_if_worse=True)["comparisons"][0]
+    comparison = compare([runs[0], runs[0]])["comparisons"][0]
     assert comparison["mean_difference"] == 0
     assert comparison["organs"]["liver"]["ties"] == 4
 
@@ -90,9 +91,9 @@ def test_the_result_is_json_with_null_for_what_is_not_a_number(
     assert (spleen["n"], spleen["p"], spleen["ci95"]) == (1, None, [None, None])
 
 
-def test_a_worse_run_fails_when_asked_but_its_tables_are_written(runs: list[str], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="E-COMPARE-WORSE"):
-        compare(runs[::-1], output=tmp_path / "out", fail_if_worse=True)
+def test_the_tables_are_written(runs: list[str], tmp_path: Path) -> None:
+    result = compare(runs[::-1], output=tmp_path / "out")
+    assert result["comparisons"][0]["why_worse"][-1].startswith("mean difference -0.0")
     with (tmp_path / "out" / "comparison.csv").open(newline="") as stream:
         summary = {row["organ"]: row for row in csv.DictReader(stream)}
     assert float(summary["liver"]["difference"]) == pytest.approx(-0.08 / 3)
@@ -193,14 +194,18 @@ def shown(table: RenderableType, width: int = 200) -> str:
     return capture.get()
 
 
+def liver_row(text: str) -> list[str]:
+    return next(line.split() for line in text.splitlines() if line.split()[:1] == ["liver"])
+
+
 def test_people_see_a_row_per_organ_and_what_was_left_out(runs: list[str]) -> None:
     text = shown(comparison_table(compare(runs)))
-    rows = [line.split() for line in text.splitlines()]
-    liver = next(row for row in rows if row[:1] == ["liver"])
+    liver = liver_row(text)
     assert liver[:5] == ["liver", "3", "0.700", "0.727", "+0.027"]
     assert liver[7:] == ["too", "few", "+0.33", "1/1/1", "1→0"]
     assert "only one of the two runs has them: cases d, e" in text
     assert "fewer than 6 patients" in text
+    assert "name no patients: each case is taken for another one" in text
 
 
 def test_a_run_that_lacks_a_result_of_the_first_is_worse(tmp_path: Path) -> None:
@@ -209,8 +214,7 @@ def test_a_run_that_lacks_a_result_of_the_first_is_worse(tmp_path: Path) -> None
     part.write_text("case,organ,dice\na,liver,0.95\n")
     (found,) = compare([str(whole), str(part)])["comparisons"]
     assert found["lost"] == [["a", "tumour"]]
-    with pytest.raises(DataError, match="E-COMPARE-WORSE"):
-        compare([str(whole), str(part)], fail_if_worse=True)
+    assert found["why_worse"] == ["1 result is missing"]
 
 
 ORGANS = ("anterior", "posterior", "whole")
@@ -264,6 +268,9 @@ def test_the_statistics_are_scipys_on_the_same_csv(tmp_path: Path) -> None:
         assert (found["wins"], found["losses"]) == ((d > 0).sum(), (d < 0).sum())
         t = stats.bootstrap((d,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
         assert found["ci95"] == pytest.approx(tuple(t), abs=0.15 * (t.high - t.low))  # ours is a little wider
+        before, now = (np.array([row[n] for row in pairs[organ]]) for n in (1, 2))
+        assert found["baseline_ci95"] == pytest.approx(bootstrap_ci(before), abs=1e-9)
+        assert found["run_ci95"] == pytest.approx(bootstrap_ci(now), abs=1e-9)
         assert float(table[organ]["p_holm"]) == pytest.approx(p_holm)
         assert float(table[organ]["ci95_low"]) == found["ci95"][0]
     joint = np.stack(list(differences.values()), axis=1)
@@ -321,6 +328,9 @@ def test_a_missed_or_invented_organ_is_as_far_off_as_the_scan_is_long(tmp_path: 
     assert (liver["missed_baseline"], liver["missed_run"]) == (2, 2)
     assert (liver["spurious_baseline"], liver["spurious_run"]) == (0, 1)
     assert liver["n_unscored"] == 0
+    text = shown(comparison_table(compare(runs, metric="hd95")))
+    assert "missed and invented organs count as the diagonal of their scan" in text
+    assert liver_row(text)[-2:] == ["2→2", "0→1"]
     with (tmp_path / "out" / "pairs.csv").open(newline="") as stream:
         assert [row[runs[1]] for row in csv.DictReader(stream)] == ["5.0", "6.0", "300.0", "300.0", "", "300.0"]
 
@@ -448,8 +458,8 @@ def test_a_result_that_only_the_first_run_has_makes_the_other_worse_whatever_its
     rows = [f"{case},liver,{value}" for case, value in zip("abc", (2.0, 3.0, 4.0), strict=True)]
     (tmp_path / "before.csv").write_text("\n".join(["case,organ,hd95", *rows]))
     (tmp_path / "now.csv").write_text("\n".join(["case,organ,hd95", *rows[:2], "c,liver,"]))
-    with pytest.raises(DataError, match=r"E-COMPARE-WORSE .*now\.csv \(1 results are missing\)"):
-        compare([str(tmp_path / "before.csv"), str(tmp_path / "now.csv")], metric="hd95", fail_if_worse=True)
+    (found,) = compare([str(tmp_path / "before.csv"), str(tmp_path / "now.csv")], metric="hd95")["comparisons"]
+    assert found["why_worse"] == ["1 result is missing"]
 
 
 def test_references_that_differ_are_told(runs: list[str]) -> None:

@@ -170,6 +170,13 @@ def counted(tables: Sequence[RunTable], metric: str) -> list[RunTable]:
     return [replace(table, values={key: counted(table, key) for key in table.values}) for table in tables]
 
 
+def num_as_diagonal(tables: Sequence[RunTable], metric: str) -> int:
+    """How many organs that a run missed or invented `counted` gave the diagonal of their scan."""
+    if not is_distance(metric):
+        return 0
+    return sum(t.says(key, MISSED, SPURIOUS) and not math.isnan(mm) for t in tables for key, mm in t.values.items())
+
+
 def paired(baseline: RunTable, other: RunTable) -> Grid:
     """Two runs on the cases and organs that both have.
 
@@ -217,9 +224,13 @@ def held_to(baseline: RunTable, other: RunTable, grid: Grid, sign: int) -> Resul
             found[f"missed_{which}"] = sum(table.says(key, MISSED) for key in keys)
             found[f"spurious_{which}"] = sum(table.says(key, SPURIOUS) for key in keys)
     lost = sorted(key for key in baseline.values if key[0] in other.cases and _is_lost(baseline, other, key))
+    gone = sorted(baseline.cases - other.cases)
     differences = grid.values[..., 1] - grid.values[..., 0]
     means = [found["difference"] for found in organs.values() if found["n"]]
     mean = float(np.mean(means)) if means else math.nan
+    why_worse = [f"{len(lost)} {'results are' if len(lost) > 1 else 'result is'} missing"] if lost else []
+    why_worse += [f"cases are missing: {named(gone)}"] if gone else []
+    why_worse += [] if sign * mean >= -TIE else [f"mean difference {mean:+.4f}"]  # NaN is worse
     return {
         "run": other.name,
         "label": other.label,
@@ -227,12 +238,10 @@ def held_to(baseline: RunTable, other: RunTable, grid: Grid, sign: int) -> Resul
         "n_cases": len(grid.cases),
         "mean_difference": mean,
         "mean_ci95": bootstrap_ci(differences, patients=grid.patients),
-        "worse": bool(lost) or math.isnan(mean) or sign * mean < -TIE,
+        "worse": bool(why_worse),
+        "why_worse": why_worse,
         "lost": [list(key) for key in lost],
-        "unpaired": {
-            "baseline": sorted(baseline.cases - other.cases),
-            "run": sorted(other.cases - baseline.cases),
-        },
+        "unpaired": {"baseline": gone, "run": sorted(other.cases - baseline.cases)},
     }
 
 
@@ -242,13 +251,16 @@ def _organ(values: Array, patients: Sequence[str], sign: int) -> Result:
     known = ~np.isnan(differences)
     gains = sign * differences[known]
     before, now = values[known].mean(axis=0) if known.any() else (math.nan, math.nan)
+    drawn, num_patients = resampled_means(values, patients=patients)
     return {
         "n": int(known.sum()),
-        "n_patients": len({patient for patient, has in zip(patients, known, strict=True) if has}),
+        "n_patients": num_patients,
         "baseline": float(before),
+        "baseline_ci95": interval(drawn[:, 0], num_patients),
         "run": float(now),
+        "run_ci95": interval(drawn[:, 1], num_patients),
         "difference": float(now - before),
-        "ci95": bootstrap_ci(differences, patients=patients),
+        "ci95": interval(drawn[:, 1] - drawn[:, 0], num_patients),
         "p": wilcoxon(differences, patients=patients),
         "p_holm": math.nan,
         "effect_size": rank_biserial(sign * differences, patients=patients),

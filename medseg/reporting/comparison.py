@@ -1,37 +1,29 @@
-"""A comparison of runs as a figure, and as a page for readers who are no statisticians."""
+"""A comparison of runs as a page, for readers who are no statisticians."""
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from medseg import __version__
 from medseg.metrics import METRICS
 from medseg.metrics.statistics import MIN_PATIENTS
+from medseg.reporting.comparison_figure import comparison_figure, ranking_figure
+from medseg.reporting.comparison_table import (
+    COMPARED,
+    RANKED,
+    SIGNIFICANT,
+    compared_rows,
+    mean_row,
+    ranked_rows,
+    with_interval,
+)
 from medseg.reporting.page import figure_svg, html_page
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Result = Mapping[str, Any]
 Differences = Sequence[Mapping[str, Mapping[str, float]]]
 """Of each comparison, by organ and case."""
-
-SIGNIFICANT = 0.05
-
-# Okabe and Ito's blue and vermilion, which color-blind people tell apart too.
-BETTER, WORSE, INK, QUIET = "#0072B2", "#D55E00", "#1d1d1f", "#6e6e73"
-WIDTH, ROW, HEAD = 8.4, 0.52, 1.15  # inches
-JITTER = 0.2
-DPI = 160
-BEYOND = 3.0
-"""Dots farther out than this many times the 90th percentile, misses of 300 mm among errors of 3, go to the edge."""
 
 MAX_CASES = 5
 
@@ -43,72 +35,6 @@ PLAIN = {
     "assd": "ASSD is the average distance, in mm, between the two surfaces: 0 if they are the same.",
     "nsd": "Surface Dice is the share of the surface that lies within a tolerance: 1 if all of it does.",
 }
-
-
-def p_text(p: float) -> str:
-    """A p value for people; NaN is one that too few patients allow no test for."""
-    if math.isnan(p):
-        return "too few"
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def with_interval(value: float, ci95: tuple[float, float], *, signed: bool = False) -> str:
-    """``+0.012 [0.004, 0.020]``."""
-    sign = "+" if signed else ""
-    if math.isnan(value):
-        return "–"
-    if math.isnan(ci95[0]):
-        return f"{value:{sign}.3f}"
-    return f"{value:{sign}.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]"
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
-    return content.getvalue()
-
-
-def comparison_figure(result: Result, differences: Differences) -> Figure:
-    """The differences of every case, with each organ's mean and interval.
-
-    Args:
-        result: What `medseg.compare.compare` returns.
-        differences: Of each of its comparisons, by organ and case.
-    """
-    from matplotlib.figure import Figure
-
-    comparisons = result["comparisons"]
-    heights = [HEAD + ROW * len(comparison["organs"]) for comparison in comparisons]
-    figure = Figure(figsize=(WIDTH, sum(heights)), facecolor="white", layout="constrained")
-    panels = figure.subplots(len(comparisons), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, comparison, found in zip(panels, comparisons, differences, strict=True):
-        _draw_differences(axes, comparison, found, sign=-1 if result["lower_is_better"] else 1)
-        title = f"{comparison['label']} compared with {result['baseline_label']}"
-        axes.set_title(title, loc="left", fontsize=11, color=INK, pad=20, parse_math=False)
-    panels[-1].set_xlabel(f"difference in {result['metric']}", color=QUIET, parse_math=False)
-    return figure
-
-
-def ranking_figure(result: Result) -> Figure:
-    """The mean of every run with its interval, the best on top.
-
-    Args:
-        result: What `medseg.compare.rank_experiment` returns.
-    """
-    from matplotlib.figure import Figure
-
-    rows = result["ranking"]
-    figure = Figure(figsize=(WIDTH, HEAD + 0.28 * len(rows)), facecolor="white", layout="constrained")
-    axes = figure.subplots()
-    for y, row in enumerate(rows):
-        color = BETTER if y == 0 else INK
-        axes.plot(row["ci95"], (y, y), color=color, linewidth=2, solid_capstyle="butt")
-        axes.plot(row["mean"], y, "o", color=color, markersize=5)
-    _tidy(axes, [row["run"] for row in rows])
-    axes.set_title(result["experiment"], loc="left", fontsize=11, color=INK, parse_math=False)
-    axes.set_xlabel(f"mean {result['metric']}, with its 95 % interval", color=QUIET, parse_math=False)
-    return figure
 
 
 def comparison_page(result: Result, differences: Differences) -> str:
@@ -142,27 +68,12 @@ def ranking_page(result: Result) -> str:
         result: What `medseg.compare.rank_experiment` returns.
     """
     title = f"{result['experiment']}: runs ranked by {_metric_title(result['metric'])}"
-    rows = [
-        (
-            str(place),
-            row["run"],
-            with_interval(row["mean"], row["ci95"]),
-            with_interval(row["difference"], row["difference_ci95"], signed=True) if place > 1 else "",
-            p_text(row["p_holm"]) if place > 1 else "",
-            str(row["missed"]),
-            str(row["spurious"]),
-        )
-        for place, row in enumerate(result["ranking"], start=1)
-    ]
-    headings = (
-        "", "run", "mean [95 % interval]", "difference to the best", "p (Holm)", "missed organs", "invented organs",
-    )  # fmt: skip
     intro = f"Mean over {', '.join(result['organs'])} of {result['n_cases']} cases that all these runs were scored on."
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(PLAIN.get(result['metric'], ''))} {_direction(result)} {escape(intro)}</p>",
         f"<figure>{figure_svg(ranking_figure(result))}</figure>",
-        _table(headings, rows),
+        _table(RANKED, ranked_rows(result)),
         _left_out(result),
         _how_to_read(_READING_RANKS),
         _provenance([f"{row['run']}: {row['run_id']}" for row in result["ranking"]]),
@@ -218,81 +129,6 @@ _READING_RANKS = (
 )
 
 
-def _draw_differences(
-    axes: Axes, comparison: Result, differences: Mapping[str, Mapping[str, float]], *, sign: int
-) -> None:
-    organs = comparison["organs"]
-    limit, clipped = _reach(organs, differences)
-    random = np.random.default_rng(0)
-    for y, (organ, found) in enumerate(organs.items()):
-        values = np.array(list(differences[organ].values()))
-        heights = y + random.uniform(-JITTER, JITTER, len(values))
-        colors = np.where(values == 0, QUIET, np.where(sign * values > 0, BETTER, WORSE))
-        inside = np.abs(values) <= limit
-        axes.scatter(values[inside], heights[inside], c=colors[inside], s=14, alpha=0.45, linewidths=0)
-        for marker, outside in ((">", values > limit), ("<", values < -limit)):
-            edge = np.full(outside.sum(), math.copysign(limit, 1 if marker == ">" else -1))
-            axes.scatter(edge, heights[outside], c=colors[outside], s=26, marker=marker, linewidths=0, clip_on=False)
-        if not math.isnan(found["difference"]):
-            fill = INK if found["p_holm"] < SIGNIFICANT else "white"
-            axes.plot(found["ci95"], (y, y), color=INK, linewidth=2.2, solid_capstyle="butt", zorder=3)
-            axes.plot(found["difference"], y, "D", color=INK, markerfacecolor=fill, markersize=6.5, zorder=4)
-        note = (
-            ""
-            if not found["n"]
-            else p_text(found["p_holm"])
-            if math.isnan(found["p"])
-            else f"p {p_text(found['p_holm'])}"
-        )
-        axes.annotate(
-            note, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=QUIET
-        )  # fmt: skip
-    axes.axvline(0, color=INK, linewidth=0.8, zorder=1)
-    axes.set_xlim(-limit * 1.04, limit * 1.04)
-    _tidy(axes, list(organs))
-    sides = ("better", "worse") if sign < 0 else ("worse", "better")
-    for x, text, color in ((0, f"← {sides[0]}", 0), (1, f"{sides[1]} →", 1)):
-        shade = BETTER if sides[color] == "better" else WORSE
-        axes.text(
-            x, 1.01, text, transform=axes.transAxes, color=shade, ha=("left", "right")[x], va="bottom", fontsize=9
-        )
-    if clipped:
-        axes.text(
-            0.5,
-            1.01,
-            f"{clipped} farther out",
-            transform=axes.transAxes,
-            color=QUIET,
-            ha="center",
-            va="bottom",
-            fontsize=9,
-        )
-
-
-def _reach(organs: Result, differences: Mapping[str, Mapping[str, float]]) -> tuple[float, int]:
-    """How far the axis goes to either side, and how many dots lie beyond."""
-    sizes = np.abs([value for found in differences.values() for value in found.values()])
-    if not len(sizes) or not sizes.max() > 0:
-        return 1.0, 0
-    bounds = [abs(b) for found in organs.values() for b in (*found["ci95"], found["difference"]) if not math.isnan(b)]
-    usual = max(BEYOND * float(np.percentile(sizes, 90)), *bounds) * 1.05
-    limit = min(usual, float(sizes.max())) if usual > 0 else float(sizes.max())
-    return limit, int((sizes > limit).sum())
-
-
-def _tidy(axes: Axes, names: Sequence[str]) -> None:
-    """Names down the side, the first on top, and no more lines than needed."""
-    axes.set_yticks(range(len(names)))
-    axes.set_yticklabels(names, color=INK, parse_math=False)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(length=0, colors=QUIET)
-    axes.tick_params(axis="y", labelcolor=INK)
-    axes.grid(axis="x", color="#e5e5ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
 def _findings(comparison: Result, result: Result) -> list[str]:
     """What was found, in sentences."""
     organs, name = comparison["organs"], comparison["label"]
@@ -319,32 +155,12 @@ def _findings(comparison: Result, result: Result) -> list[str]:
 
 
 def _organ_table(comparison: Result, result: Result) -> str:
-    rows = [
-        (
-            organ,
-            str(found["n"]),
-            f"{found['baseline']:.3f}",
-            f"{found['run']:.3f}",
-            with_interval(found["difference"], found["ci95"], signed=True),
-            p_text(found["p_holm"]),
-            "–" if math.isnan(found["effect_size"]) else f"{found['effect_size']:+.2f}",
-            f"{found['wins']} / {found['ties']} / {found['losses']}",
-            f"{found['missed_baseline']} → {found['missed_run']}",
-            f"{found['spurious_baseline']} → {found['spurious_run']}",
-        )
-        for organ, found in comparison["organs"].items()
-    ]
-    mean = with_interval(comparison["mean_difference"], comparison["mean_ci95"], signed=True)
-    rows.append(("mean of the organs", "", "", "", mean, "", "", "", "", ""))
-    headings = (
-        "organ", "cases", "before", "now", "difference [95 % interval]", "p (Holm)", "effect",
-        "better / equal / worse", "missed", "invented",
-    )  # fmt: skip
+    rows = [*compared_rows(comparison), mean_row(comparison)]
     about = (
         f"“Before” is {result['baseline_label']}, “now” is {comparison['label']}: means over the cases that both have a "
         "value of. An arrow leads from one run’s count to the other’s."
     )
-    return f"<h2>{escape(comparison['label'])}</h2>{_table(headings, rows)}<p>{escape(about)}</p>"
+    return f"<h2>{escape(comparison['label'])}</h2>{_table(COMPARED, rows)}<p>{escape(about)}</p>"
 
 
 def _extremes(comparison: Result, differences: Mapping[str, Mapping[str, float]], result: Result) -> str:

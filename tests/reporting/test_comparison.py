@@ -11,15 +11,9 @@ import pytest
 from PIL import Image
 
 from medseg.compare import compare
-from medseg.reporting.comparison import (
-    BETTER,
-    WORSE,
-    comparison_figure,
-    comparison_page,
-    p_text,
-    png,
-    with_interval,
-)
+from medseg.reporting.comparison import comparison_page
+from medseg.reporting.comparison_figure import BETTER, WORSE, comparison_figure, png
+from medseg.reporting.comparison_table import p_text, with_interval
 
 ORGANS = ("liver", "<spleen>")
 
