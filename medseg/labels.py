@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from medseg.errors import DataError
 
 if TYPE_CHECKING:  # a manifest is read in milliseconds; torch takes a second and a half
@@ -100,6 +102,11 @@ class Labels:
         return self.organ_values | {name: tuple(values) for name, values in unions.items()}
 
     @property
+    def dtype(self) -> type[np.uint8 | np.int16]:
+        """Of label maps."""
+        return np.uint8 if max(self.names) <= np.iinfo(np.uint8).max else np.int16
+
+    @property
     def num_outputs(self) -> int:
         """Channels of the network's output."""
         return len(self.regions) or len(self.names)
@@ -131,7 +138,7 @@ class Labels:
         """Logits (B, C, I, J[, K]) as label maps (B, I, J[, K]), uint8 or int16."""
         import torch
 
-        dtype = torch.uint8 if max(self.names) <= 255 else torch.int16
+        dtype = torch.uint8 if self.dtype is np.uint8 else torch.int16
         if not self.regions:
             return _argmax(logits, dtype)
         result = torch.zeros_like(logits[:, 0], dtype=dtype)

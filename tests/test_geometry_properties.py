@@ -22,9 +22,10 @@ from medseg.data.resample import resample_image, resample_label
 from medseg.data.transforms import OrientVolumed, geometry_of, meta_tensor, preprocess
 from medseg.data.volume_io import read_geometry, read_volume, write_volume
 from medseg.geometry import Geometry, Volume
-from medseg.inference.restore import restore
 from medseg.labels import Labels
 from medseg.model import Intensity, Preprocessing
+
+from .inference.whole import restore
 
 SIGNED_PERMUTATIONS = [
     np.eye(3)[:, order] * signs

@@ -16,12 +16,12 @@ from medseg.data.volume_io import read_label, write_volume
 from medseg.errors import DataError, MedsegError, WorkflowError
 from medseg.evaluate import evaluate
 from medseg.geometry import Geometry, Volume
-from medseg.inference.restore import restore
-from medseg.inference.sliding_window import sliding_window
 from medseg.labels import Labels
 from medseg.model import Window
 from medseg.predict import predict
 from medseg.train import train
+
+from .inference.whole import restore, sliding_window
 
 LABELS = {"0": "background", "1": "nucleus"}
 SHAPE = (60, 44)  # wide and low, so that rows and columns cannot be mixed up

@@ -28,8 +28,9 @@ from medseg.errors import WorkflowError
 from medseg.geometry import Volume
 from medseg.inference.postprocess import check_steps
 from medseg.inference.predictor import SLICES_AT_ONCE, has_bf16
-from medseg.inference.sliding_window import sliding_window
+from medseg.inference.sliding_window import label_map, slabs
 from medseg.inference.tta import LEFT_RIGHT_AXIS, mirrored_channels
+from medseg.inference.windows import Windows
 from medseg.labels import Labels
 from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
 from medseg.model import ModelSpec, load_model
@@ -199,9 +200,9 @@ def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, hardware:
     batch_size = SLICES_AT_ONCE if spec.spatial_dims == 2 else 1
 
     def segment(net: nn.Module, image: Tensor) -> Tensor:
-        return sliding_window(
-            image, net, window, num_outputs=data.labels.num_outputs, batch_size=batch_size, autocast=autocast
-        )
+        windows, num_outputs = Windows.over(image.shape[1:], window), data.labels.num_outputs
+        predicted = slabs(image, net, windows, num_outputs=num_outputs, batch_size=batch_size, autocast=autocast)
+        return label_map(predicted, data.labels, windows)
 
     def draw(case: CachedCase, predicted: npt.NDArray[Any], title: str) -> npt.NDArray[np.uint8]:
         # Of a colored picture its brightness: one of its colors may show nothing.

@@ -10,17 +10,18 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medseg.data.checks import check_modalities, hounsfield_fault
 from medseg.data.sources import Source
 from medseg.data.transforms import Prepared, preprocess
 from medseg.errors import DataError
-from medseg.geometry import Volume
+from medseg.geometry import Geometry, Volume
 from medseg.inference.postprocess import check_steps
-from medseg.inference.restore import restore
-from medseg.inference.sliding_window import sliding_window
+from medseg.inference.restore import restored
+from medseg.inference.sliding_window import slabs
 from medseg.inference.tta import Mirrored
+from medseg.inference.windows import Windows
 from medseg.memory import is_out_of_memory
 from medseg.model import ModelSpec
 
@@ -154,21 +155,12 @@ class Predictor:
 
     def segment_prepared(self, prepared: Prepared, *, with_probabilities: bool = False) -> Segmentation:
         """Segment what `prepare` returned; of a scan that shows nothing, nothing is segmented."""
-        labels = self.spec.labels
         shows_something = any(np.ptp(channel) for channel in prepared.image)
         if shows_something:
-            logits = self._logits(prepared)
+            label, probabilities = self._segmented(prepared, with_probabilities=with_probabilities)
         else:
             log.warning("W-EMPTY %s: shows nothing after clipping; so does the segmentation", prepared.name)
-            logits = self._nothing(prepared)
-        label, probabilities = restore(
-            logits,
-            labels,
-            grid=prepared.geometry,
-            source=prepared.source,
-            orientation=self.spec.preprocessing.orientation,
-            with_probabilities=with_probabilities,
-        )
+            label, probabilities = self._nothing(prepared.source, with_probabilities=with_probabilities)
         array = label.array[0]
         for step, values in self._steps:
             array = step(array, values)
@@ -182,29 +174,39 @@ class Predictor:
             )
         return Segmentation(Volume(array[None], label.geometry), probabilities)
 
-    def _logits(self, prepared: Prepared) -> Tensor:
+    def _segmented(self, prepared: Prepared, *, with_probabilities: bool) -> tuple[Volume, Volume | None]:
         """What the network says, in the first of the ways that memory suffices for."""
-        image = torch.from_numpy(prepared.image)
         for way, easier in pairwise(self._ways):
             try:
-                return self._predicted(image, way)
+                return self._predicted(prepared, way, with_probabilities=with_probabilities)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
             log.warning("W-MEMORY %s: out of memory with %s; going on with %s", prepared.name, way, easier)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return self._predicted(image, self._ways[-1])
+        return self._predicted(prepared, self._ways[-1], with_probabilities=with_probabilities)
 
-    def _predicted(self, image: Tensor, way: Way) -> Tensor:
-        return sliding_window(
-            image.to(way.sums_on),
+    def _predicted(self, prepared: Prepared, way: Way, *, with_probabilities: bool) -> tuple[Volume, Volume | None]:
+        image = torch.from_numpy(prepared.image).to(way.sums_on)
+        windows = Windows.over(image.shape[1:], self.spec.window)
+        predicted = slabs(
+            image,
             self.network.to(way.device),
-            self.spec.window,
+            windows,
             num_outputs=self.spec.labels.num_outputs,
             batch_size=way.batch_size,
             autocast=self.autocast,
             device=way.device,
+        )
+        return restored(
+            predicted,
+            self.spec.labels,
+            axis=windows.outer,
+            grid=prepared.geometry,
+            source=prepared.source,
+            orientation=self.spec.preprocessing.orientation,
+            with_probabilities=with_probabilities,
         )
 
     def _check_modality(self, prepared: Prepared, *, any_modality: bool) -> None:
@@ -219,12 +221,16 @@ class Predictor:
                 ) from None
             log.warning("W-MODALITY %s: %s", prepared.name, error.message)
 
-    def _nothing(self, prepared: Prepared) -> Tensor:
-        """Logits that say background, with certainty."""
-        logits = torch.full((self.spec.labels.num_outputs, *prepared.image.shape[1:]), -100.0)
-        if not self.spec.labels.regions:
-            logits[0] = 100.0
-        return logits
+    def _nothing(self, source: Geometry, *, with_probabilities: bool) -> tuple[Volume, Volume | None]:
+        """Background, with certainty."""
+        labels = self.spec.labels
+        label = Volume(np.zeros((1, *source.shape), labels.dtype), source)
+        if not with_probabilities:
+            return label, None
+        probabilities = np.zeros((labels.num_outputs, *source.shape), np.float32)
+        if not labels.regions:
+            probabilities[0] = 1
+        return label, Volume(probabilities, source)
 
 
 def has_bf16(device_type: str) -> bool:

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from medseg.geometry import Array, Geometry, Volume
+from medseg.inference.sliding_window import Slab
 from medseg.labels import Labels
 
 
-def restore(
-    logits: Tensor,
+def restored(
+    slabs: Iterable[Slab],
     labels: Labels,
     *,
+    axis: int,
     grid: Geometry,
     source: Geometry,
     orientation: str,
     with_probabilities: bool = False,
 ) -> tuple[Volume, Volume | None]:
-    """Bring a prediction back to the scan or picture it was made for.
+    """Bring a prediction back to the scan or picture it was made for, while it is being made.
 
     Logits are interpolated linearly, the outermost ones reaching to the edge, and decided on the
-    scan's voxels. Only one plane of the scan's size is held for all channels.
+    scan's voxels. Of the scan's size only one plane is held for all channels.
 
     Args:
-        logits: (R, I, J[, K]) on `grid`.
+        slabs: Logits on `grid`, all planes in order.
         labels: What the channels are.
+        axis: The one that planes follow each other along; of a picture it does not matter.
         grid: `Preprocessing.geometry` of `source`.
         source: The scan's grid; its axes need not be orthogonal.
         orientation: The orientation of `grid`, e.g. ``"RAS"``.
@@ -42,73 +47,150 @@ def restore(
     """
     if source.spatial_dims == 2:
         thick = _one_slice(source)
-        restored = restore(
-            logits.unsqueeze(-1), labels,
+        label, probabilities = restored(
+            slabs, labels, axis=2,
             grid=_one_slice(grid), source=thick, orientation=thick.orientation, with_probabilities=with_probabilities,
         )  # fmt: skip
-        label, probabilities = (v and Volume(v.array[..., 0], source) for v in restored)
-        assert label is not None
-        return label, probabilities
-    label_planes, probability_planes = [], []
-    for plane in resampled_planes(logits, grid, source.oriented(orientation)):  # (R, J, K)
-        label_planes.append(labels.segment(plane[None])[0])
-        if with_probabilities:
-            probability_planes.append(plane.sigmoid() if labels.regions else plane.softmax(dim=0))
-    label = _as_source(torch.stack(label_planes)[None], source, orientation)
-    if not with_probabilities:
-        return label, None
-    return label, _as_source(torch.stack(probability_planes, dim=1), source, orientation)
+        return Volume(label.array[..., 0], source), probabilities and Volume(probabilities.array[..., 0], source)
+    target = source.oriented(orientation)
+    found = np.empty((1, *source.shape), labels.dtype)
+    chances = np.empty((labels.num_outputs, *source.shape), np.float32) if with_probabilities else None
+    for number, plane in enumerate(resampled_planes(slabs, grid, target, axis)):  # (R, A, B)
+        place = (slice(None),) * (1 + axis) + (number,)
+        _as_oriented(found, source, orientation)[place] = labels.segment(plane[None]).cpu().numpy()
+        if chances is not None:
+            of_plane = plane.sigmoid() if labels.regions else plane.softmax(dim=0)
+            _as_oriented(chances, source, orientation)[place] = of_plane.cpu().numpy()
+    return Volume(found, source), None if chances is None else Volume(chances, source)
 
 
-def resampled_planes(logits: Tensor, grid: Geometry, target: Geometry) -> Iterator[Tensor]:
-    """Linear interpolation on another grid, plane after plane along its first axis.
+def resampled_planes(slabs: Iterable[Slab], grid: Geometry, target: Geometry, axis: int) -> Iterator[Tensor]:
+    """Linear interpolation on another grid, plane after plane along an axis.
 
     Args:
-        logits: (R, I, J, K) on `grid`.
+        slabs: Logits on `grid`, all planes in order.
         grid: Where the logits are.
-        target: Where they are wanted.
+        target: Where they are wanted; its axes lie closest to those of `grid` of the same number.
+        axis: The one that planes follow each other along.
 
     Yields:
-        (R, J, K) of the target's planes.
+        (R, A, B) of the target's planes, in order.
     """
+    way = _way(grid, target, axis)
+    held: dict[int, Tensor] = {}  # the planes of the grid, by number
+    number = 0
+    for slab in slabs:
+        held |= dict(enumerate(slab.planes, start=slab.first))
+        newest = slab.first + len(slab.planes) - 1
+        while number < target.shape[axis]:
+            needed = way.needed(number)
+            if needed[-1] > newest:
+                break
+            yield way.plane(number, [held[n] for n in needed])
+            number += 1
+        else:
+            return
+        held = {  # the slab's memory is about to be used again
+            n: plane.clone() if n >= slab.first else plane for n, plane in held.items() if n >= needed[0]
+        }
+
+
+class _Way(Protocol):
+    """How a plane of the target comes about."""
+
+    def needed(self, number: int) -> range:
+        """The planes of the grid that it is made of; none of them is below those of the planes before it."""
+
+    def plane(self, number: int, planes: Sequence[Tensor]) -> Tensor:
+        """The plane (R, A', B'), from those planes (R, A, B)."""
+
+
+def _way(grid: Geometry, target: Geometry, axis: int) -> _Way:
     if grid.matches(target):
-        yield from logits.unbind(1)
-    elif grid.shares_field_of_view(target):
-        yield from _stretched(logits, target)
-    else:
-        yield from _sampled(logits, target, np.linalg.inv(grid.affine) @ target.affine)
+        return _AsItIs()
+    if grid.shares_field_of_view(target):
+        inner = [n for a, n in enumerate(target.shape) if a != axis]
+        return _Stretched(grid.shape[axis], target.shape[axis], inner)
+    return _Sampled(grid.shape, target.shape, axis, np.linalg.inv(grid.affine) @ target.affine)
 
 
-def _stretched(logits: Tensor, target: Geometry) -> Iterator[Tensor]:
-    """Grids with the same axes and faces: between two planes, then within the plane."""
-    num_planes, last = target.shape[0], logits.shape[1] - 1
-    for number in range(num_planes):
-        position = min(max((number + 0.5) * logits.shape[1] / num_planes - 0.5, 0.0), float(last))
-        lower = int(position)
-        plane = torch.lerp(logits[:, lower], logits[:, min(lower + 1, last)], position - lower)
-        yield F.interpolate(plane[None], size=target.shape[1:], mode="bilinear", align_corners=False)[0]
+@dataclass(frozen=True)
+class _AsItIs:
+    """Grids that are the same."""
+
+    def needed(self, number: int) -> range:
+        return range(number, number + 1)
+
+    def plane(self, number: int, planes: Sequence[Tensor]) -> Tensor:
+        return planes[0]
 
 
-def _sampled(logits: Tensor, target: Geometry, to_grid: Array) -> Iterator[Tensor]:
-    """Any two grids (a sheared scan and its straightened grid), by the way from target voxel to grid voxel."""
-    steps = np.stack(np.meshgrid(0, *map(np.arange, target.shape[1:]), indexing="ij"), axis=-1)  # (1, J, K, 3)
-    first = steps @ to_grid[:3, :3].T + to_grid[:3, 3]
-    last = np.maximum(np.asarray(logits.shape[1:]) - 1, 1)
-    for number in range(target.shape[0]):
-        position = first + number * to_grid[:3, 0]
+@dataclass(frozen=True)
+class _Stretched:
+    """Grids with the same axes and faces: between two planes, then within the plane.
+
+    Args:
+        num_old: Planes of the grid.
+        num_new: Planes of the target.
+        inner: Size of the target's planes.
+    """
+
+    num_old: int
+    num_new: int
+    inner: Sequence[int]
+
+    def _position(self, number: int) -> float:
+        return min(max((number + 0.5) * self.num_old / self.num_new - 0.5, 0.0), self.num_old - 1.0)
+
+    def needed(self, number: int) -> range:
+        position = self._position(number)
+        return range(int(position), math.ceil(position) + 1)
+
+    def plane(self, number: int, planes: Sequence[Tensor]) -> Tensor:
+        plane = planes[0] if len(planes) == 1 else torch.lerp(planes[0], planes[1], self._position(number) % 1)
+        if tuple(plane.shape[1:]) == tuple(self.inner):
+            return plane
+        return F.interpolate(plane[None], size=list(self.inner), mode="bilinear", align_corners=False)[0]
+
+
+class _Sampled:
+    """Any two grids (a sheared scan and its straightened grid): a plane of the target lies aslant in the grid."""
+
+    def __init__(self, old: Sequence[int], new: Sequence[int], axis: int, to_grid: Array) -> None:
+        """From the grids' shapes, the axis, and the way from target voxel to grid voxel (4, 4)."""
+        self.axis = axis
+        self.old = old
+        steps = np.stack(
+            np.meshgrid(*[np.arange(1 if a == axis else n) for a, n in enumerate(new)], indexing="ij"), axis=-1
+        )
+        self.first = steps @ to_grid[:3, :3].T + to_grid[:3, 3]  # (…, 3), of the target's first plane
+        self.step = to_grid[:3, axis]
+        along = self.first[..., axis]
+        self.reach = float(along.min()), float(along.max())
+
+    def needed(self, number: int) -> range:
+        low, high = (
+            min(max(end + number * self.step[self.axis], 0.0), self.old[self.axis] - 1.0) for end in self.reach
+        )
+        return range(int(low), math.ceil(high) + 1)
+
+    def plane(self, number: int, planes: Sequence[Tensor]) -> Tensor:
+        block = torch.stack(list(planes), dim=1 + self.axis)  # (R, I, J, K), one axis short
+        position = self.first + number * self.step
+        position[..., self.axis] -= self.needed(number).start
+        last = np.maximum(np.asarray(block.shape[1:]) - 1, 1)
         position = (2 * position / last - 1)[..., ::-1]  # grid_sample: -1 to 1, and the last axis first
-        where = torch.from_numpy(position.astype(np.float32))[None].to(logits.device)
-        yield F.grid_sample(logits[None], where, padding_mode="border", align_corners=True)[0, :, 0]
+        where = torch.from_numpy(position.astype(np.float32))[None].to(block.device)
+        sampled = F.grid_sample(block[None], where, padding_mode="border", align_corners=True)[0]
+        return sampled.squeeze(1 + self.axis)
 
 
 def _one_slice(picture: Geometry) -> Geometry:
     return Geometry((*picture.shape, 1), picture.affine)
 
 
-def _as_source(tensor: Tensor, source: Geometry, orientation: str) -> Volume:
-    """Undo `Volume.oriented` for an array (C, I, J, K)."""
+def _as_oriented(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], source: Geometry, orientation: str) -> Array:
+    """A view of an array (C, I, J, K) on the source's grid whose axes lie as `Volume.oriented` lays them."""
     order, flips = source.axes_to(orientation)
-    array: npt.NDArray[np.generic] = tensor.cpu().numpy()
-    array = array[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
-    array = array.transpose(0, *(order.index(axis) + 1 for axis in range(len(order))))
-    return Volume(np.ascontiguousarray(array), source)
+    turned = array.transpose(0, *(axis + 1 for axis in order))
+    return turned[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]  # type: ignore[return-value]

@@ -1,190 +1,134 @@
-"""A network over volumes and pictures of any size: window by window, seams blended."""
+"""A network over volumes and pictures of any size: window by window, seams blended, slab by slab.
+
+Windows come in order along one axis, so that what they have passed is finished and can be handed on. A buffer as
+deep as a patch is therefore all that is held of the logits, however long the scan.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medseg.model import Weighting, Window
+from medseg.inference.windows import Numbers, Windows
+from medseg.labels import Labels
 
-SIGMA_SCALE = 1 / 8
-"""Standard deviation of the Gaussian weights, as a share of the patch (nnU-Net's value)."""
+CLASSES_AT_ONCE = 8
+"""Channels of a window that are turned round at once, so that no second copy of a window is held."""
 
 
 @dataclass(frozen=True)
-class Axis:
-    """How windows stand along one axis of a volume.
-
-    Because windows stand on a grid and weights are products of one factor an axis, the factors can
-    be divided by their sum here, once: a voxel's value is final when its last window is added.
+class Slab:
+    """Finished planes of logits.
 
     Args:
-        size: Voxels of the volume.
-        read: Voxels that a window reads.
-        written: Voxels that it predicts: all it reads, or on the axis of slices only the middle one.
-        before: Voxels of padding in front of the first.
-        starts: First voxel of each window, counted from the padding's first.
-        weights: (windows, written), adding up to one over the windows that cover a voxel.
+        first: The number of the first plane along the outer axis.
+        planes: (P, R, A, B), float32: P planes of R channels, A and B being the other axes. Its memory is used again
+            when the next slab is asked for.
     """
 
-    size: int
-    read: int
-    written: int
-    before: int
-    starts: tuple[int, ...]
-    weights: Tensor
-
-    @property
-    def padded(self) -> int:
-        return self.starts[-1] + self.read
-
-    @property
-    def covered(self) -> int:
-        """Voxels that the windows predict, the padded ones among them."""
-        return self.starts[-1] + self.written
-
-    @property
-    def inside(self) -> slice:
-        """The volume's own voxels among the predicted ones."""
-        first = self.before if self.written == self.read else 0
-        return slice(first, first + self.size)
+    first: int
+    planes: Tensor
 
 
 @torch.inference_mode()
-def sliding_window(
+def slabs(
     image: Tensor,
     network: nn.Module,
-    window: Window,
+    windows: Windows,
     *,
     num_outputs: int,
     batch_size: int = 1,
     autocast: torch.dtype | None = None,
     device: torch.device | None = None,
-) -> Tensor:
-    """Predict a whole volume or picture.
-
-    A volume smaller than the patch lies in its middle, zeros around it, as in training. A patch with
-    two entries is for a network on slices (`medseg.nets.slices.OnSlices`): every slice is predicted, the
-    outermost ones standing in for the context they lack. To such a network a picture is a single slice.
+) -> Iterator[Slab]:
+    """Predict a volume or picture, from one end of the outer axis to the other.
 
     Args:
         image: (C, I, J[, K]), on the device where the logits are to be put together.
         network: In eval mode; (B, C, patch) → (B, R, patch). For mirroring, see `medseg.inference.tta`.
-        window: Patch, overlap and weighting; its `mirror_axes` are not read here.
+        windows: Those over the image.
         num_outputs: R, the network's output channels.
         batch_size: Windows given to the network at once.
         autocast: Lower precision for the network, e.g. ``torch.bfloat16``; None leaves it as it is.
         device: Where the network is; None: where the image is. Else windows travel there and back.
 
-    Returns:
-        Logits (R, I, J[, K]), float32.
+    Yields:
+        All planes, in order, each once.
     """
-    if image.ndim == 3:
-        thick = sliding_window(
-            image.unsqueeze(1 + window.slice_axis), network, window,
-            num_outputs=num_outputs, batch_size=batch_size, autocast=autocast, device=device,
-        )  # fmt: skip
-        return thick.squeeze(1 + window.slice_axis)
-    axes = _axes(image.shape[1:], window, image.device)
-    padded = _pad(image, axes)
-    logits = torch.zeros((num_outputs, *(axis.covered for axis in axes)), device=image.device)
-    windows = _windows(axes)
+    padded = windows.padded(image.unsqueeze(1 + windows.outer) if windows.is_picture else image)
+    blended = _Blended(windows, num_outputs, image.device)
     device = device or image.device
-    while batch := list(islice(windows, batch_size)):
-        patches = torch.stack([padded[_read(axes, numbers)] for numbers in batch]).to(device)
+    coming = iter(windows)
+    while batch := list(islice(coming, batch_size)):
+        patches = torch.stack([padded[windows.read(numbers)] for numbers in batch]).to(device)
         with torch.autocast(device.type, autocast) if autocast else nullcontext():
             predicted = network(patches)  # (B, R, patch)
-        for numbers, patch in zip(batch, predicted.float().to(image.device), strict=True):
-            logits[_written(axes, numbers)].addcmul_(patch, _weight(axes, numbers))
-    return logits[(slice(None), *(axis.inside for axis in axes))]
+        del patches
+        for numbers, patch in zip(batch, predicted.to(image.device), strict=True):
+            yield from blended.finished(windows.start(numbers))
+            blended.add(numbers, patch)
+    yield from blended.finished(windows.axes[windows.outer].covered)
 
 
-def window_starts(size: int, patch: int, overlap: float) -> tuple[int, ...]:
-    """First voxel of each window along an axis: evenly spaced, the first and the last at the borders.
+def label_map(predicted: Iterable[Slab], labels: Labels, windows: Windows) -> Tensor:
+    """What `slabs` yields as a label map (I, J[, K]), uint8 or int16, on the same grid."""
+    planes = torch.cat([labels.segment(slab.planes) for slab in predicted])
+    return planes[0] if windows.is_picture else planes.movedim(0, windows.outer)
 
-    Args:
-        size: Voxels of the volume, at least `patch`.
-        patch: Voxels of the window.
-        overlap: Least share of a window that the next one covers again.
+
+class _Blended:
+    """The sums over the windows, as deep as one of them.
+
+    The outer axis comes first in memory, so that planes are finished, moved and read in one piece.
     """
-    step = max(1.0, patch * (1 - overlap))
-    num_steps = -int(-(size - patch) // step)  # rounded up
-    return tuple(round(n * (size - patch) / max(1, num_steps)) for n in range(num_steps + 1))
+
+    def __init__(self, windows: Windows, num_outputs: int, device: torch.device) -> None:
+        self.windows = windows
+        outer = windows.axes[windows.outer]
+        covered = [windows.axes[a].covered for a in windows.inner]
+        self.sums = torch.zeros((outer.written, num_outputs, *covered), device=device)
+        self.first = 0  # the plane of the padded volume that the sums begin with
+        self.weights = [axis.weights.to(device) for axis in windows.axes]
+
+    def finished(self, before: int) -> Iterator[Slab]:
+        """The planes that lie before the next window, after which the sums begin with that one's first."""
+        count = before - self.first
+        if not count:
+            return
+        outer, *inner = (self.windows.axes[a].inside for a in (self.windows.outer, *self.windows.inner))
+        first, last = max(self.first, outer.start), min(before, outer.stop)
+        if first < last:
+            own = slice(first - self.first, last - self.first)
+            yield Slab(first - outer.start, self.sums[own, :, inner[0], inner[1]])
+        for start in range(0, len(self.sums) - count, count):  # in pieces that do not overlap their new place
+            piece = self.sums[start + count : start + 2 * count]
+            self.sums[start : start + len(piece)] = piece
+        self.sums[max(0, len(self.sums) - count) :] = 0
+        self.first = before
+
+    def add(self, numbers: Numbers, patch: Tensor) -> None:
+        """Add a window that begins where the sums do, (R, patch)."""
+        windows = self.windows
+        depth, height, width = (self.weights[a][numbers[a]] for a in (windows.outer, *windows.inner))
+        rows, columns = (
+            slice(start, start + axis.written)
+            for axis, start in ((windows.axes[a], windows.axes[a].starts[numbers[a]]) for a in windows.inner)
+        )
+        weight = (depth[:, None, None] * height[:, None] * width)[:, None]  # (P, 1, A, B)
+        sums = self.sums[:, :, rows, columns]
+        for start in range(0, len(patch), CLASSES_AT_ONCE):
+            part = _outer_first(patch[start : start + CLASSES_AT_ONCE].float(), windows.outer)
+            sums[:, start : start + CLASSES_AT_ONCE].addcmul_(part, weight)
 
 
-def _axes(shape: Sequence[int], window: Window, device: torch.device) -> list[Axis]:
-    patch = list(window.patch_size)
-    slice_axis = None
-    if len(patch) < len(shape):
-        slice_axis = window.slice_axis
-        patch.insert(slice_axis, 1 + 2 * window.context_slices)
-    axes = []
-    for number, (size, read) in enumerate(zip(shape, patch, strict=True)):
-        if number == slice_axis:
-            starts = tuple(range(size))
-            axes.append(Axis(size, read, 1, window.context_slices, starts, torch.ones(size, 1, device=device)))
-            continue
-        before = max(0, read // 2 - size // 2)
-        starts = window_starts(max(size, read), read, window.overlap)
-        weights = _axis_weights(read, starts, window.weighting).to(device)
-        axes.append(Axis(size, read, read, before, starts, weights))
-    return axes
-
-
-def _axis_weights(patch: int, starts: Sequence[int], weighting: Weighting) -> Tensor:
-    factor = torch.ones(patch, dtype=torch.float64)
-    if weighting == "gaussian":
-        offset = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
-        factor = torch.exp(-0.5 * (offset / (patch * SIGMA_SCALE)) ** 2)
-    total = torch.zeros(starts[-1] + patch, dtype=torch.float64)
-    for start in starts:
-        total[start : start + patch] += factor
-    return torch.stack([factor / total[start : start + patch] for start in starts]).float()
-
-
-def _pad(image: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """Zeros around a volume smaller than the patch, copies of the outermost slices around slices."""
-    zeros: list[int] = []
-    for number, axis in enumerate(axes):
-        if axis.written == axis.read:
-            zeros = [axis.before, axis.padded - axis.size - axis.before, *zeros]  # F.pad starts with the last axis
-        else:
-            zeros = [0, 0, *zeros]
-            slices = torch.arange(-axis.before, axis.size + axis.before, device=image.device)
-            image = image.index_select(number + 1, slices.clamp(0, axis.size - 1))
-    return F.pad(image, zeros) if any(zeros) else image
-
-
-def _windows(axes: Sequence[Axis]) -> Iterator[tuple[int, ...]]:
-    """Number of each window along each axis; in order along the axis of slices, or else the longest.
-
-    What lies behind the window at hand along that axis is therefore finished.
-    """
-    outer = max(range(len(axes)), key=lambda a: (axes[a].written < axes[a].read, axes[a].size))
-    order = [outer, *(a for a in range(len(axes)) if a != outer)]
-    for numbers in product(*(range(len(axes[a].starts)) for a in order)):
-        yield tuple(numbers[order.index(a)] for a in range(len(axes)))
-
-
-def _read(axes: Sequence[Axis], numbers: Sequence[int]) -> tuple[slice, ...]:
-    starts = [axis.starts[n] for axis, n in zip(axes, numbers, strict=True)]
-    return (slice(None), *(slice(s, s + axis.read) for s, axis in zip(starts, axes, strict=True)))
-
-
-def _written(axes: Sequence[Axis], numbers: Sequence[int]) -> tuple[slice, ...]:
-    starts = [axis.starts[n] for axis, n in zip(axes, numbers, strict=True)]
-    return (slice(None), *(slice(s, s + axis.written) for s, axis in zip(starts, axes, strict=True)))
-
-
-def _weight(axes: Sequence[Axis], numbers: Sequence[int]) -> Tensor:
-    """Weight of each voxel of a window, (patch)."""
-    weight = torch.ones((), device=axes[0].weights.device)
-    for axis, number in zip(axes, numbers, strict=True):
-        weight = weight[..., None] * axis.weights[number]
-    return weight
+def _outer_first(patch: Tensor, outer: int) -> Tensor:
+    """A patch (R, I, J, K) as (P, R, A, B)."""
+    if outer < 2:
+        return patch.movedim(outer + 1, 0)
+    channels, height, width, depth = patch.shape  # turned as a matrix, which torch does in blocks that fit its cache
+    return patch.reshape(-1, depth).t().contiguous().reshape(depth, channels, height, width)

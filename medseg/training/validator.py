@@ -25,7 +25,7 @@ class Validator:
     Args:
         cases: Held-out, preprocessed.
         labels: The label map.
-        segment: (network, image (C, I, J[, K])) → logits (R, I, J[, K]).
+        segment: (network, image (C, I, J[, K])) → label map (I, J[, K]).
         draw: (case, predicted label map (I, J[, K]), title) → RGB picture.
         unions: Label values also scored together, by name.
         device: Where images go.
@@ -64,8 +64,7 @@ class Validator:
         """The network's label map, (I, J[, K])."""
         with memory_told(LARGE_SCAN, where=f"case {case.id}"):
             image = torch.from_numpy(np.asarray(case.image, dtype=np.float32)).to(self.device)
-            logits = self.segment(network, image)
-            return self.labels.segment(logits[None])[0].cpu().numpy()
+            return self.segment(network, image).cpu().numpy()
 
     def score(self, case: CachedCase, predicted: npt.NDArray[Any]) -> dict[str, float]:
         """Dice of each organ and union."""

@@ -5,9 +5,12 @@ from scipy import ndimage
 
 from medseg.data.transforms import preprocess
 from medseg.geometry import Geometry, Volume
-from medseg.inference.restore import resampled_planes, restore
+from medseg.inference.restore import resampled_planes
+from medseg.inference.sliding_window import Slab
 from medseg.labels import Labels
 from medseg.model import Intensity, Preprocessing
+
+from .whole import restore
 
 LABELS = Labels({0: "background", 1: "liver", 2: "spleen", 3: "kidney"})
 ORIENTATIONS = ["RAS", "LPS", "LAS", "PIR", "SRA", "IPL", "ASL"]
@@ -63,10 +66,21 @@ def test_axes_of_a_single_voxel_are_restored(shape):
 
 
 def check_against_brute_force(source: Geometry, preprocessing: Preprocessing) -> None:
+    for axis in range(3):
+        check_along(axis, source, preprocessing)
+
+
+def check_along(axis: int, source: Geometry, preprocessing: Preprocessing) -> None:
     grid = preprocessing.geometry(source)
     logits = random_logits(grid)
     label, probabilities = restore(
-        logits, LABELS, grid=grid, source=source, orientation=preprocessing.orientation, with_probabilities=True
+        logits,
+        LABELS,
+        axis=axis,
+        grid=grid,
+        source=source,
+        orientation=preprocessing.orientation,
+        with_probabilities=True,
     )
     assert label.geometry is source and probabilities.geometry is source
     assert label.array.shape == (1, *source.shape) and label.array.dtype == np.uint8
@@ -131,6 +145,6 @@ def test_regions_are_thresholded_in_their_order():
 
 def test_equal_grids_are_not_resampled():
     grid = scan_grid()
-    logits = random_logits(grid)
-    for number, plane in enumerate(resampled_planes(logits, grid, grid)):
-        assert plane.data_ptr() == logits[:, number].data_ptr()
+    slab = Slab(0, random_logits(grid).transpose(0, 1))
+    for number, plane in enumerate(resampled_planes([slab], grid, grid, axis=0)):
+        assert plane.data_ptr() == slab.planes[number].data_ptr()

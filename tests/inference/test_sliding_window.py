@@ -6,9 +6,11 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
-from medseg.inference.sliding_window import sliding_window, window_starts
+from medseg.inference.windows import window_starts
 from medseg.model import Window
 from medseg.nets.slices import OnSlices
+
+from .whole import sliding_window
 
 
 class Pointwise(nn.Module):

@@ -1,0 +1,41 @@
+"""Prediction in one piece, for tests that are about one of its halves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medseg.geometry import Geometry, Volume
+from medseg.inference.restore import restored
+from medseg.inference.sliding_window import Slab, slabs
+from medseg.inference.windows import Windows
+from medseg.labels import Labels
+from medseg.model import Window
+
+
+def sliding_window(image: Tensor, network: nn.Module, window: Window, *, num_outputs: int, **how: Any) -> Tensor:
+    """All logits (R, I, J[, K]) of an image (C, I, J[, K])."""
+    windows = Windows.over(image.shape[1:], window)
+    found = slabs(image, network, windows, num_outputs=num_outputs, **how)
+    planes = torch.cat([slab.planes.clone() for slab in found])
+    return planes[0] if windows.is_picture else planes.movedim(0, 1 + windows.outer)
+
+
+def restore(
+    logits: Tensor, labels: Labels, *, source: Geometry, axis: int = 0, thickness: int = 3, **where: Any
+) -> tuple[Volume, Volume | None]:
+    """The way back of logits (R, I, J[, K]), handed over in slabs of some planes."""
+    planes = logits[None] if source.spatial_dims == 2 else logits.movedim(1 + axis, 0)
+    return restored(in_slabs(planes, thickness), labels, source=source, axis=axis, **where)
+
+
+def in_slabs(planes: Tensor, thickness: int) -> Any:
+    """Slabs whose memory is overwritten when the next one is asked for, as those of a prediction are."""
+    memory = torch.empty_like(planes[:thickness])
+    for first in range(0, len(planes), thickness):
+        part = planes[first : first + thickness]
+        memory[: len(part)] = part
+        yield Slab(first, memory[: len(part)])
+        memory.fill_(float("nan"))
