@@ -221,7 +221,8 @@ def evaluate(
     """Compare segmentations with references, per case and organ."""
     with stdout_kept_free():
         from medseg.batch.parallel import num_cores
-        from medseg.evaluate import evaluate, evaluation_table
+        from medseg.evaluate import evaluate
+        from medseg.reporting.evaluation import evaluation_table
 
         result = evaluate(
             predictions,

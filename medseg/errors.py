@@ -6,7 +6,16 @@ A message says where, what was found, what was expected and what to do. Anything
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from medseg.wording import listed
+
+SHOWN_ALIKE = 3
+"""Places that are named of faults that differ in nothing else, or in numbers only."""
+
+_NUMBER = r"-?\d[\d.e+-]*"
+_NUMBERS = re.compile(f"{_NUMBER}(, {_NUMBER})*")
 
 
 class MedsegError(Exception):
@@ -75,4 +84,25 @@ class Problems(MedsegError):
         self.args = (self.errors,)  # what makes it again where it is sent to another process
 
     def __str__(self) -> str:
-        return "\n".join(str(error) for error in self.errors)
+        """A line for each fault, however many cases have it."""
+        alike: dict[tuple[bool, str], list[MedsegError]] = {}
+        for error in self.errors:
+            for one in error.errors if isinstance(error, Problems) else (error,):
+                alike.setdefault(_but_for_place_and_numbers(one), []).append(one)
+        return "\n".join(_in_one(group) for group in alike.values())
+
+
+def _but_for_place_and_numbers(error: MedsegError) -> tuple[bool, str]:
+    """What has no place is alike only if all of it is."""
+    return bool(error.where), _NUMBERS.sub("#", f"{error.error_id} {error.message}") if error.where else str(error)
+
+
+def _in_one(alike: Sequence[MedsegError]) -> str:
+    """Faults that differ in their places and numbers only."""
+    first = alike[0]
+    places = list(dict.fromkeys(error.where for error in alike))
+    if all(error.message == first.message for error in alike):
+        return str(MedsegError(first.error_id, first.message, listed(places, SHOWN_ALIKE) if first.where else None))
+    if len(alike) <= SHOWN_ALIKE:
+        return "\n".join(map(str, alike))
+    return f"{first}; likewise {listed(places[1:], SHOWN_ALIKE)}"

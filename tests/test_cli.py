@@ -40,8 +40,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
         stand = ModuleType(module or f"medseg.{verb}")
         setattr(stand, verb, stand_in)
+<<<<<<< ours
         stand.evaluation_table = lambda result: ""  # what the command imports beside `evaluate`
         stand.rank_experiment = stand_in
+=======
+        stand.comparison_table = lambda result: ""  # what the command imports beside `compare`
+>>>>>>> theirs
         monkeypatch.setitem(sys.modules, stand.__name__, stand)
         monkeypatch.setattr(
             "medseg.workflow.Workflow.load", lambda path, overrides: None
@@ -131,7 +135,7 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
 
 def test_evaluate_splits_the_metrics_at_commas(fake: Fake) -> None:
     calls = fake("evaluate", {"cases": 0, "mean": {}, "per_organ": {}})
-    assert medseg("evaluate", "p", "r", "--metrics", "dice, hd95").exit_code == 0
+    assert medseg("evaluate", "p", "r", "--metrics", "dice, hd95", "--json").exit_code == 0
     assert calls[0]["metrics"] == ("dice", "hd95")
 
 
@@ -180,7 +184,7 @@ def test_without_json_the_result_is_a_listing(fake: Fake) -> None:
 
 def test_evaluate_exits_with_3_where_cases_were_skipped(fake: Fake) -> None:
     fake("evaluate", {"failed": [{"case": "x", "error_id": "E-X", "message": "E-X x: is broken"}]})
-    assert medseg("evaluate", "p", "r", "--skip-failed").exit_code == 3
+    assert medseg("evaluate", "p", "r", "--skip-failed", "--json").exit_code == 3
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from medseg.data.volume_io import write_volume
 from medseg.errors import MedsegError, Problems, WorkflowError
-from medseg.evaluate import evaluate, evaluation_table
+from medseg.evaluate import evaluate
 from medseg.geometry import Geometry, Volume
 from medseg.metrics import METRICS
 from medseg.metrics.table import read_table
+from medseg.reporting.evaluation import evaluation_table
 
 GRID = Geometry.from_spacing((14, 12, 10), (1, 1.5, 2)).oriented("LPS")
 LABELS = {"0": "background", "1": "liver", "2": "cancer"}
@@ -102,7 +103,17 @@ def test_folders_need_no_manifest_and_say_what_is_unmatched(folders, caplog):
     result = evaluate(folders / "predictions", folders / "labels")
     assert list(result["per_organ"]) == ["label 1", "label 2"]
     assert result["unmatched"] == {"predictions": ["other"], "references": ["case_3"]}
-    assert caplog.text.count("W-UNMATCHED") == 2
+    assert "W-UNMATCHED 1 prediction without reference, not scored: other\n" in caplog.text
+    assert "W-UNMATCHED 1 reference without prediction, not scored: case_3; --missing-as-empty" in caplog.text
+
+
+def test_of_many_unmatched_files_the_first_are_named_and_the_others_counted(folders, caplog):
+    for n in range(4, 12):
+        write_label(folders / "predictions" / f"case_{n:02}.nii.gz", drawn_and_predicted(0)[1])
+    evaluate(folders / "predictions", folders / "labels")
+    assert "8 predictions without reference, not scored: case_04, case_05, case_06, case_07, case_08 and 3 more" in (
+        caplog.text
+    )
 
 
 def test_labels_give_the_organs_of_a_folder_their_names(folders):
@@ -162,14 +173,31 @@ def test_resample_brings_predictions_to_the_references_grid_and_says_so(tmp_path
 
 def test_values_that_the_labels_do_not_declare_are_refused(folders):
     write_label(folders / "predictions" / "case_0.nii.gz", np.full(GRID.shape, 7))
-    with pytest.raises(Problems, match="E-LABEL-UNDECLARED"):
+    with pytest.raises(Problems, match=r"E-LABEL-UNDECLARED .*predictions/case_0.nii.gz: holds label 7, .*--map"):
         evaluate(folders / "predictions", folders / "dataset.json")
+    write_label(folders / "labels" / "case_0.nii.gz", np.full(GRID.shape, 7))
+    with pytest.raises(
+        Problems, match=r"E-LABEL-UNDECLARED .*labels/case_0.nii.gz: .*add them to the manifest's labels"
+    ):
+        evaluate(folders / "predictions", folders / "dataset.json")
+
+
+def test_values_of_another_program_in_every_case_are_one_line(folders):
+    for n in range(4):
+        write_label(folders / "predictions" / f"case_{n}.nii.gz", np.full(GRID.shape, 7))
+    with pytest.raises(Problems) as caught:
+        evaluate(folders / "predictions", folders / "dataset.json")
+    (line,) = str(caught.value).splitlines()
+    assert "case_2.nii.gz and 1 more: holds label 7, but declared are 0, 1, 2; say with --map" in line
+    assert len(caught.value.errors) == 4
 
 
 def test_nothing_in_common_is_an_error_that_shows_names(folders):
     (folders / "other").mkdir()
     (folders / "predictions" / "case_0.nii.gz").rename(folders / "other" / "scan.nii.gz")
-    with pytest.raises(MedsegError, match=r"E-NO-PAIRS .*scan.*case_0"):
+    with pytest.raises(
+        MedsegError, match=r"E-NO-PAIRS .*\(scan\).*\(case_0, case_1, case_2 and 1 more\).*nnU-Net.*--map"
+    ):
         evaluate(folders / "other", folders / "labels")
 
 
@@ -260,8 +288,6 @@ def test_groups_stand_for_metrics(folders):
         *("mean_accuracy_by_recall", "mean_accuracy_by_precision", "mean_iou", "frequency_weighted_iou"),
     ]
     assert list(result["per_organ"]) == ["liver", "cancer", "all classes"]
-    everything = evaluate(folders / "predictions", folders / "dataset.json", metrics=["all"])
-    assert set(everything["mean"]) == {*METRICS} - {"ece"}
 
 
 def test_processes_score_as_one_alone(folders, tmp_path):
@@ -286,7 +312,7 @@ def test_what_processes_warn_of_is_logged_here(folders, caplog):
         write_label(folders / "labels" / f"case_{n}.nii.gz", drawn == 1)
     result = evaluate(folders / "predictions", folders / "dataset.json", label_map=labels, workers=2)
     assert result["cases"] == 4
-    assert caplog.text.count("W-MAP-VALUES") == 1 and "background: 2" in caplog.text
+    assert caplog.text.count("W-MAP-VALUES") == 1 and "does not name them: 2\n" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -390,7 +416,7 @@ def test_other_numbers_are_brought_to_those_of_the_references(folders, caplog):
             for n in range(4)
         ]
         assert result["per_organ"][organ]["dice"]["mean"] == pytest.approx(np.mean(expected), abs=1e-9)
-    assert "W-MAP-VALUES 1 label values that the map does not name are background: 77" in caplog.text
+    assert "W-MAP-VALUES taken for background, as the map does not name them: 77\n" in caplog.text
     labels.write_text("liver: 5\ncancer: 90\nbackground: [77]\n")
     caplog.clear()
     evaluate(folders / "predictions", folders / "dataset.json", label_map=labels)
@@ -490,16 +516,24 @@ def test_regions_are_scored_where_the_map_names_what_they_unite(folders):
 
 
 def test_calibration_looks_at_the_probabilities_beside_the_predictions(folders):
-    with pytest.raises(WorkflowError, match=r"E-METRIC-PROBABILITIES .*4 cases have none, e.g. case_0"):
+    with pytest.raises(WorkflowError, match=r"E-METRIC-PROBABILITIES .*none beside case_0, case_1, case_2 and 1 more"):
         evaluate(folders / "predictions", folders / "dataset.json", metrics=["ece"])
     for n in range(4):
         drawn = drawn_and_predicted(n)[0]
         sure = np.stack([drawn == value for value in range(3)]).astype(np.float32)
         unsure = 0.75 * sure + 0.25 * (1 - sure)
         write_volume(folders / "predictions" / f"case_{n}_probabilities.nii.gz", Volume(unsure, GRID))
-    assert evaluate(folders / "predictions", folders / "dataset.json", metrics=["ece"])["mean"]["ece"] == pytest.approx(
-        0.25
-    )
+    for asked in ("ece", "all"):
+        mean = evaluate(folders / "predictions", folders / "dataset.json", metrics=[asked])["mean"]
+        assert mean["ece"] == pytest.approx(0.25)
+
+
+def test_all_metrics_but_those_without_probabilities_are_told_and_that_is_said(folders, caplog):
+    result = evaluate(folders / "predictions", folders / "dataset.json", metrics=["all"])
+    assert set(result["mean"]) == {*METRICS} - {"ece"}
+    assert caplog.text.count("W-METRIC-PROBABILITIES left out: ece needs probabilities: none beside case_0") == 1
+    with pytest.raises(WorkflowError, match="E-METRIC-PROBABILITIES"):
+        evaluate(folders / "predictions", folders / "dataset.json", metrics=["all", "ece"])
 
 
 def test_lesions_are_told_by_size_and_one_by_one(tmp_path):
@@ -517,17 +551,83 @@ def test_lesions_are_told_by_size_and_one_by_one(tmp_path):
     assert Path(result["lesion_table"]).read_text().count("\n") == 1 + 3
 
 
-def test_the_printed_table_has_a_row_per_organ_and_metric_in_80_columns(folders):
-    result = evaluate(folders / "predictions", folders / "dataset.json", metrics=["dice", "surface"])
-    console = Console(width=80, record=True, file=io.StringIO())
+def printed(result, width: int) -> list[str]:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(evaluation_table(result))
-    rows = [line.split() for line in console.export_text().splitlines()]
-    liver = result["per_organ"]["liver"]["dice"]
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def cells(score) -> list[str]:
     mean, std, low, high, median = (
-        f"{value:.3f}" for value in (liver["mean"], liver["std"], *liver["ci95"], liver["median"])
+        f"{value:.3f}" for value in (score["mean"], score["std"], *score["ci95"], score["median"])
     )
-    assert ["liver", "dice", mean, "±", std, f"{low}–{high}", median, "4", "0", "0"] in rows
+    return [mean, "±", std, f"{low}–{high}", median, str(score["n"])]
+
+
+def test_the_printed_table_has_a_row_per_organ_and_metric_where_it_fits(folders):
+    result = evaluate(folders / "predictions", folders / "dataset.json", metrics=["dice", "surface"])
+    rows = [line.split() for line in printed(result, 80)]
+    assert ["liver", "dice", *cells(result["per_organ"]["liver"]["dice"]), "0", "0"] in rows
     assert len([row for row in rows if row[:1] == ["mean"]]) == 5
+    assert ["4", "cases"] in rows
+
+
+def test_where_the_metrics_are_too_many_for_the_width_each_organ_is_a_block(tmp_path):
+    drawn = np.zeros(GRID.shape)
+    drawn[2:9, 2:9, 2:9] = 1
+    for case, predicted in (("x", drawn), ("y", np.zeros(GRID.shape))):
+        write_label(tmp_path / "labels" / f"{case}.nii.gz", drawn)
+        write_label(tmp_path / "predictions" / f"{case}.nii.gz", predicted)
+    labels = mapping(tmp_path / "m.json", json.dumps({"labels": {"background": 0, "a_lobe_of_the_left_lung": 1}}))
+    result = evaluate(tmp_path / "predictions", tmp_path / "labels", labels=labels, metrics=["all"])
+    lines = printed(result, 80)
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    start = lines.index("a_lobe_of_the_left_lung, missed in 1 case")
+    block = [line.split() for line in lines[start + 1 : lines.index("", start)]]
+    scores = result["per_organ"]["a_lobe_of_the_left_lung"]
+    assert [row[0] for row in block] == ["metric", *scores]
+    assert block[1] == ["dice", *cells(scores["dice"])]
+    wide = [line.split() for line in printed(result, 160)]
+    assert ["a_lobe_of_the_left_lung", "dice", *cells(scores["dice"]), "1", "0"] in wide
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_one_case_is_no_cases_and_who_is_drawn_for_the_intervals_is_told(folders, width):
+    result = evaluate(folders / "predictions" / "case_0.nii.gz", folders / "labels" / "case_0.nii.gz")
+    lines = printed(result, width)
+    assert "1 case" in lines and result["patients"] is None
+    assert any(line.startswith("intervals: bootstrap over cases, each taken for a patient") for line in lines)
+    described = json.loads((folders / "dataset.json").read_text())
+    for n, entry in enumerate(described["training"]):
+        entry |= {"patient": f"P{min(n, 2)}", "fold": 0}
+    (folders / "dataset.json").write_text(json.dumps(described))
+    result = evaluate(folders / "predictions", folders / "dataset.json")
+    assert result["patients"] == 3 and "intervals: bootstrap over 3 patients" in printed(result, width)
+
+
+def test_the_json_says_what_files_and_values_each_case_was_scored_by(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders)
+    (folders / "predictions" / "case_3.nii.gz").unlink()
+    options = {"missing_as_empty": True, "label_map": mapping(folders / "map.yaml", "liver: 1\ncancer: 2\n")}
+    evaluate(Path("predictions"), Path("dataset.json"), output=tmp_path / "out", **options)
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    reference = str(folders / "labels" / "case_0.nii.gz")  # the manifest's image is the same file
+    predicted = {"prediction": str(folders / "predictions" / "case_0.nii.gz"), "reference": reference}
+    assert told["files"]["case_0"] == {**predicted, "image": reference}
+    assert told["files"]["case_3"]["prediction"] is None and len(told["files"]) == 4
+    assert (told["organs"], told["map"]) == ({"liver": [1], "cancer": [2]}, {"values": {"1": 1, "2": 2}, "files": {}})
+    evaluate(Path("predictions"), Path("labels"), output=tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert told["files"]["case_0"] == {**predicted, "image": None} and told["map"] is None
+
+
+def test_cases_that_are_skipped_are_told_in_one_line_a_fault(folders, caplog):
+    for n in (0, 2):
+        write_label(folders / "predictions" / f"case_{n}.nii.gz", np.full(GRID.shape, 7))
+    result = evaluate(folders / "predictions", folders / "dataset.json", skip_failed=True)
+    assert "2 cases, failed: case_0, case_2" in printed(result, 80)
+    assert "W-FAILED 2 of 4 cases cannot be scored:" in caplog.text
+    assert caplog.text.count("E-LABEL-UNDECLARED") == 1
 
 
 @pytest.mark.real_data
@@ -618,4 +718,4 @@ def is_running(pid: int) -> bool:
 def test_cases_of_a_manifest_that_nobody_predicted_are_counted(folders, caplog):
     (folders / "predictions" / "case_3.nii.gz").unlink()
     assert evaluate(folders / "predictions", folders / "dataset.json")["cases"] == 3
-    assert "W-PART 3 of the manifest's 4 cases are predicted" in caplog.text
+    assert "W-PART predicted and scored: 3 of the manifest's 4 cases;" in caplog.text

@@ -138,13 +138,20 @@ def check_not_constant(ranges: Sequence[tuple[float, float]], where: str, *, is_
         )
 
 
-def check_label_values(label: npt.NDArray[Any], labels: Labels, where: str | None = None) -> None:
+def check_label_values(
+    label: npt.NDArray[Any],
+    labels: Labels,
+    where: str | None = None,
+    *,
+    remedy: str = "add them to the manifest's labels, or set ignore_label",
+) -> None:
     """Refuse label values that the data set does not declare.
 
     Args:
         label: Integer label map of any shape.
         labels: What is declared.
         where: Case or file, for the message.
+        remedy: What to do, for the message.
 
     Raises:
         DataError: If there are others.
@@ -155,7 +162,7 @@ def check_label_values(label: npt.NDArray[Any], labels: Labels, where: str | Non
         raise DataError(
             "E-LABEL-UNDECLARED",
             f"holds label {', '.join(map(str, undeclared))}, but declared are {', '.join(map(str, sorted(declared)))}; "
-            "add them to the manifest's labels, or set ignore_label",
+            f"{remedy}",
             where=where,
         )
 

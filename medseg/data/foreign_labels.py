@@ -2,6 +2,7 @@
 
 ===================== ==================================================================
 E-MAP                 a map that cannot be read as one
+E-MAP-LABELS          nothing names the labels that it could map to
 E-MAP-LABEL           a map names a label that the data set does not have
 E-MAP-VALUE           a map gives one value or file to two labels
 E-MAP-FILE            a case lacks the file of an organ
@@ -12,6 +13,7 @@ E-LABEL-VALUES        values that no label map holds
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +30,9 @@ from medseg.geometry import Volume
 from medseg.labels import MAX_LABEL, Labels
 from medseg.located_yaml import Positions, read_yaml
 from medseg.registry import did_you_mean
+from medseg.wording import listed
+
+log = logging.getLogger("medseg")
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,23 @@ class LabelTranslation:
     files: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path, labels: Labels) -> LabelTranslation:
+    def load(cls, path: Path, labels: Labels | None) -> LabelTranslation:
         """Read a map: YAML or JSON with a line a label, ``liver: 5``, ``kidneys: [2, 3]`` or ``liver: liver``.
 
         Args:
             path: The file. Names are the data set's; what they stand for are label values, or names of files without
                 their suffixes. ``background`` may list what is left out on purpose.
-            labels: The data set's.
+            labels: The data set's; None: nobody described them, and no map can be read.
 
         Raises:
+            WorkflowError: If there are no labels.
             Problems: All that is wrong with it.
         """
+        if labels is None:
+            message = (
+                "nothing names the labels of the references; add --labels MANIFEST, or evaluate against a manifest"
+            )
+            raise WorkflowError("E-MAP-LABELS", message, where=str(path))
         entries, positions = _read(path)
         problems: list[MedsegError] = []
         value_of = {name: value for value, name in labels.names.items()}
@@ -86,6 +97,19 @@ class LabelTranslation:
         """Our label values that something stands for."""
         return {*self.values.values(), *self.files.values()}
 
+    def organs(self, labels: Labels) -> dict[str, tuple[int, ...]]:
+        """Those of the data set's organs that it names with all their label values, with these.
+
+        Raises:
+            WorkflowError: If there are none.
+        """
+        organs = {organ: values for organ, values in labels.organ_values.items() if {*values} <= self.mapped}
+        if not organs:
+            raise WorkflowError("E-MAP", "names no organ whole, so none can be scored", where="--map")
+        if left := [organ for organ in labels.organ_values if organ not in organs]:
+            log.warning("W-MAP-ORGANS the map does not name %s: not scored", ", ".join(left))
+        return organs
+
     def find(self, folder: Path) -> dict[str, Path]:
         """The folder of each case that holds a file for an organ: ``FOLDER/case_0/liver.nii.gz`` is ``case_0``.
 
@@ -101,9 +125,9 @@ class LabelTranslation:
                 below = Path(parent).relative_to(folder).parts
                 found.setdefault(below[0] if below else folder.resolve().name, []).append(Path(parent))
         if not found:
-            raise DataError("E-MAP-FILE", f"no folder below holds any of {_listed(self.files)}", where=str(folder))
+            raise DataError("E-MAP-FILE", f"no folder below holds any of {listed(self.files)}", where=str(folder))
         problems = [
-            DataError("E-MAP-FILE", f"{_listed(map(str, folders))} all hold its organs; keep one", where=f"case {name}")
+            DataError("E-MAP-FILE", f"{listed(folders)} all hold its organs; keep one", where=f"case {name}")
             for name, folders in sorted(found.items())
             if len(folders) > 1
         ]
@@ -142,7 +166,7 @@ class LabelTranslation:
         files = {case_id(file): file for file in _readable(folder)}
         absent = [stem for stem in self.files if stem not in files]
         if absent:
-            message = f"lacks {_listed(absent)}; predict them too, or take them out of the map"
+            message = f"lacks {listed(absent)}; predict them too, or take them out of the map"
             raise DataError("E-MAP-FILE", message, where=str(folder))
         united: Volume | None = None
         for stem, value in self.files.items():
@@ -203,8 +227,3 @@ def _readable(folder: Path) -> Iterator[Path]:
 
 def _type_for(values: Any) -> npt.DTypeLike:
     return np.uint8 if max(values) <= 255 else np.int16
-
-
-def _listed(names: Any, most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (" …" if len(names) > most else "")

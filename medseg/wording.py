@@ -1,0 +1,16 @@
+"""How messages tell numbers and names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def counted(number: int, what: str) -> str:
+    """``1 case``, ``3 cases``: for words whose plural ends in s."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """The first few names, and how many more there are: ``a, b and 3 more``."""
+    told = [str(name) for name in names]
+    return ", ".join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")
