@@ -30,6 +30,7 @@ from medseg.data.lint.whole import (
 from medseg.data.manifest import expand_variables
 from medseg.display import progress_bar
 from medseg.errors import WorkflowError
+from medseg.wording import counted
 from medseg.workflow import Workflow
 
 SHOWN_ALIKE = 3
@@ -215,14 +216,14 @@ def _fixable_text(result: Mapping[str, Any]) -> str:
     fixable, unusable = sum(row["fixable"] for row in result["rows"]), len(result["left_out"])
     if not fixable and not unusable:
         return "--fix would correct none of them: only a person can\n" if result["errors"] else ""
-    parts = [f"corrects {_count(fixable, 'problem')}"] * bool(fixable)
-    parts += [f"leaves out {_count(unusable, 'case')} that cannot be used"] * bool(unusable)
+    parts = [f"corrects {counted(fixable, 'problem')}"] * bool(fixable)
+    parts += [f"leaves out {counted(unusable, 'case')} that cannot be used"] * bool(unusable)
     return f"--fix OUT writes a new description that {' and '.join(parts)}; the files stay as they are\n"
 
 
 def _summary(result: Mapping[str, Any]) -> str:
-    counts = f"{_count(result['errors'], 'error')}, {_count(result['warnings'], 'warning')}"
-    lines = [f"{_count(result['checked'], 'case')} checked: {counts}"]
+    counts = f"{counted(result['errors'], 'error')}, {counted(result['warnings'], 'warning')}"
+    lines = [f"{counted(result['checked'], 'case')} checked: {counts}"]
     if result["manifest"]:
         lines.append(f"as {result['manifest']} lists them")
     elif result["checked"] > 1:
@@ -265,7 +266,7 @@ def _problem_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         style = "red" if group[0]["severity"] == "error" else "yellow"
         lines = _grouped(group)
         for n, (cases, what) in enumerate(lines[:SHOWN_CASES]):
-            title = Text(f"{error_id}\n{_count(len(group), group[0]['severity'])}" if n == 0 else "", style)
+            title = Text(f"{error_id}\n{counted(len(group), group[0]['severity'])}" if n == 0 else "", style)
             table.add_row(title, cases, what)
         if len(lines) > SHOWN_CASES:
             table.add_row("", "", f"… and {len(lines) - SHOWN_CASES} more; --json lists all")
@@ -354,7 +355,3 @@ def _fixed_text(fixed: Mapping[str, Any]) -> str:
 
 def _spacing(spacing_mm: Sequence[float]) -> str:
     return " × ".join(f"{s:.3g}" for s in spacing_mm)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

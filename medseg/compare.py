@@ -23,23 +23,23 @@ from medseg.metrics.paired import (
     RunTable,
     by_case,
     correct_p_values,
-    counted,
     data_hashes,
     differing_references,
     held_to,
     lower_is_better,
-    named,
     num_as_diagonal,
     paired,
     parsed_table,
     ranked,
     side_by_side,
     sign_of,
+    with_diagonals,
 )
 from medseg.metrics.table import PER_CASE
 from medseg.reporting.comparison import comparison_page, ranking_page
 from medseg.reporting.comparison_figure import Differences, comparison_figure, png, ranking_figure
 from medseg.tracking.runs import experiment_runs, log_comparison, tracked_run
+from medseg.wording import listed
 
 Result = dict[str, Any]
 
@@ -90,7 +90,7 @@ def compare(
     """
     if len(runs) < 2:
         raise WorkflowError("E-COMPARE-RUNS", f"{len(runs)} run given; name the one to hold others to, then the others")
-    baseline, *others = tables = counted(_labeled([_table(run, metric, tracking_uri) for run in runs]), metric)
+    baseline, *others = tables = with_diagonals(_labeled([_table(run, metric, tracking_uri) for run in runs]), metric)
     grids = [paired(baseline, other) for other in others]
     result: Result = {
         "metric": metric,
@@ -144,7 +144,7 @@ def rank_experiment(
         ModelError: If there is no such experiment, or its store does not answer.
     """
     tables, warnings = _ranked_tables(experiment, metric, tracking_uri)
-    tables = counted(tables, metric)
+    tables = with_diagonals(tables, metric)
     keys = [key for key in tables[0].values if all(key in table.values for table in tables)]
     grid = side_by_side(tables, keys)
     left_out = len(keys) - int((~np.isnan(grid.values[..., 0])).sum())
@@ -230,7 +230,7 @@ def _ranked_tables(experiment: str, metric: str, uri: str | None) -> tuple[list[
         usual, _ = Counter(frozenset(table.cases) for table in tables).most_common(1)[0]
         others = [table.label for table in tables if not usual <= table.cases]
         tables = [table for table in tables if usual <= table.cases]
-        warnings.append(f"not ranked, as they do not have the cases that most runs have: {named(others)}")
+        warnings.append(f"not ranked, as they do not have the cases that most runs have: {listed(others)}")
     elif tables and len({frozenset(table.cases) for table in tables}) > 1:
         warnings.append("the runs do not have the same cases: those that all have are ranked by")
     if len(tables) < 2:
@@ -245,19 +245,19 @@ def _warnings(baseline: RunTable, other: RunTable, comparison: Result) -> list[s
     found = []
     unpaired = comparison["unpaired"]
     if cases := sorted(unpaired["baseline"] + unpaired["run"]):
-        found.append(f"{other.label}: left out, as only one of the two runs has them: cases {named(cases)}")
+        found.append(f"{other.label}: left out, as only one of the two runs has them: cases {listed(cases)}")
     if lost := [f"{organ} of {case}" for case, organ in comparison["lost"]]:
-        found.append(f"{other.label} has no result, which counts as worse, for: {named(lost)}")
+        found.append(f"{other.label} has no result, which counts as worse, for: {listed(lost)}")
     more = sorted({organ for case, organ in other.values if case in baseline.cases} - set(comparison["organs"]))
     if more:
-        found.append(f"{other.label}: left out, as {baseline.label} does not have them: organs {named(more)}")
+        found.append(f"{other.label}: left out, as {baseline.label} does not have them: organs {listed(more)}")
     if unscored := sum(organ["n_unscored"] for organ in comparison["organs"].values()):
         found.append(
             f"{other.label}: {unscored} pairs are left out, as a value is not defined where an organ was missed or invented"
             " (distances count as the scan's diagonal where the tables have a column diagonal_mm)"
         )
     if differing := [f"{organ} of {case}" for case, organ in differing_references(baseline, other)]:
-        found.append(f"{other.label}: scored against other references, one of the two being empty: {named(differing)}")
+        found.append(f"{other.label}: scored against other references, one of the two being empty: {listed(differing)}")
     if hashes := data_hashes([baseline, other]):
         found.append(f"the runs were made from different data, which may be why they differ: {'; '.join(hashes)}")
     return found

@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # a manifest is read in milliseconds; torch takes a second an
 MAX_LABEL = 32_767
 """Largest label value: label maps are uint8 or int16."""
 
+CERTAIN = 30.0
+"""A logit that leaves no doubt: the probability against it is 1e-13."""
+
 SEG_THRESHOLD = 0.5
 """Share of a voxel from which on it belongs to a segment of a fractional DICOM SEG, if a data set says nothing else."""
 
@@ -110,6 +113,13 @@ class Labels:
     def num_outputs(self) -> int:
         """Channels of the network's output."""
         return len(self.regions) or len(self.names)
+
+    @property
+    def background(self) -> list[float]:
+        """Logits that say background with certainty, one for each output."""
+        if self.regions:
+            return [-CERTAIN] * self.num_outputs
+        return [CERTAIN] + [0.0] * (self.num_outputs - 1)
 
     def target(self, label: Tensor) -> tuple[Tensor, Tensor | None]:
         """A batch of label maps as losses want it.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 Normalization = Literal["zscore", "foreground", "minmax", "none"]
 Weighting = Literal["gaussian", "constant"]
+Crop = Literal["body", "none"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Window:
         slice_axis: For 2D networks on volumes, the axis (after orientation) the slices are cut along.
         context_slices: For 2D networks on volumes, neighbours on either side given as channels.
         mirror_axes: Axes mirrored at prediction, all combinations averaged; empty: none.
+        crop: ``body``: no windows in the air around the patient, where the scan is a CT or MR; ``none``: everywhere.
     """
 
     patch_size: tuple[int, ...]
@@ -108,6 +110,7 @@ class Window:
     slice_axis: int = 2
     context_slices: int = 0
     mirror_axes: tuple[int, ...] = ()
+    crop: Crop = "body"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 def counted(number: int, what: str) -> str:
     """``1 case``, ``3 cases``: for words whose plural ends in s."""
-    return f"{number} {what}" + ("" if number == 1 else "s")
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:

@@ -40,12 +40,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
         stand = ModuleType(module or f"medseg.{verb}")
         setattr(stand, verb, stand_in)
-<<<<<<< ours
-        stand.evaluation_table = lambda result: ""  # what the command imports beside `evaluate`
-        stand.rank_experiment = stand_in
-=======
-        stand.comparison_table = lambda result: ""  # what the command imports beside `compare`
->>>>>>> theirs
+        stand.rank_experiment = stand_in  # what the command imports beside `compare`
         monkeypatch.setitem(sys.modules, stand.__name__, stand)
         monkeypatch.setattr(
             "medseg.workflow.Workflow.load", lambda path, overrides: None

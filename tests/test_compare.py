@@ -214,7 +214,7 @@ def test_a_run_that_lacks_a_result_of_the_first_is_worse(tmp_path: Path) -> None
     part.write_text("case,organ,dice\na,liver,0.95\n")
     (found,) = compare([str(whole), str(part)])["comparisons"]
     assert found["lost"] == [["a", "tumour"]]
-    assert found["why_worse"] == ["1 result is missing"]
+    assert found["why_worse"] == ["1 result missing"]
 
 
 ORGANS = ("anterior", "posterior", "whole")
@@ -459,7 +459,7 @@ def test_a_result_that_only_the_first_run_has_makes_the_other_worse_whatever_its
     (tmp_path / "before.csv").write_text("\n".join(["case,organ,hd95", *rows]))
     (tmp_path / "now.csv").write_text("\n".join(["case,organ,hd95", *rows[:2], "c,liver,"]))
     (found,) = compare([str(tmp_path / "before.csv"), str(tmp_path / "now.csv")], metric="hd95")["comparisons"]
-    assert found["why_worse"] == ["1 result is missing"]
+    assert found["why_worse"] == ["1 result missing"]
 
 
 def test_references_that_differ_are_told(runs: list[str]) -> None:

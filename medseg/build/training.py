@@ -200,8 +200,8 @@ def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, hardware:
     batch_size = SLICES_AT_ONCE if spec.spatial_dims == 2 else 1
 
     def segment(net: nn.Module, image: Tensor) -> Tensor:
-        windows, num_outputs = Windows.over(image.shape[1:], window), data.labels.num_outputs
-        predicted = slabs(image, net, windows, num_outputs=num_outputs, batch_size=batch_size, autocast=autocast)
+        windows, background = Windows.over(image.shape[1:], window), data.labels.background
+        predicted = slabs(image, net, windows, background=background, batch_size=batch_size, autocast=autocast)
         return label_map(predicted, data.labels, windows)
 
     def draw(case: CachedCase, predicted: npt.NDArray[Any], title: str) -> npt.NDArray[np.uint8]:

@@ -20,6 +20,7 @@ from monai.transforms.compose import Compose
 from monai.transforms.transform import MapTransform
 from torch import Tensor
 
+from medseg.data.body import Body, find_body
 from medseg.data.checks import check_not_constant, check_pair, value_ranges
 from medseg.data.intensity import RunningStatistics, normalize_
 from medseg.data.resample import resample_image, resample_label
@@ -47,6 +48,7 @@ class Prepared:
         ranges: Lowest and highest value of each channel, as it was read.
         modalities: See `Volume`.
         shows_text: See `Volume`.
+        body: Where the patient is in these arrays, where that was asked for and can be told.
     """
 
     image: npt.NDArray[np.float32]
@@ -57,6 +59,7 @@ class Prepared:
     ranges: tuple[tuple[float, float], ...] = ()
     modalities: tuple[str | None, ...] = ()
     shows_text: bool = False
+    body: Body | None = None
 
 
 class LoadVolumed(MapTransform):
@@ -196,6 +199,27 @@ class ResampleVolumed(MapTransform):
         return resampled
 
 
+class FindBodyd(MapTransform):
+    """Find the patient in volumes, for `Prepared.body`; pictures pass untouched.
+
+    Args:
+        keys: Entries to look at, their values as they were read.
+        channels: What each channel is.
+    """
+
+    def __init__(self, keys: Sequence[str] = (IMAGE,), *, channels: Sequence[str]) -> None:
+        super().__init__(keys)
+        self.channels = tuple(channels)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            volume = data[key]
+            grid = geometry_of(volume)
+            if grid.spatial_dims == 3:
+                volume.meta["body"] = find_body(volume.numpy(), grid.spacing_mm, self.channels)
+        return dict(data)
+
+
 class NormalizeIntensityVolumed(MapTransform):
     """Clip and normalize each channel; the result is float32.
 
@@ -220,7 +244,10 @@ class NormalizeIntensityVolumed(MapTransform):
 
 
 def preprocessing_transforms(
-    preprocessing: Preprocessing, keys: Sequence[str] = (IMAGE, LABEL), labels: Labels | None = None
+    preprocessing: Preprocessing,
+    keys: Sequence[str] = (IMAGE, LABEL),
+    labels: Labels | None = None,
+    body_in: Sequence[str] = (),
 ) -> Compose:
     """What brings a case's files to the network's grid and intensities.
 
@@ -228,6 +255,7 @@ def preprocessing_transforms(
         preprocessing: All numbers resolved.
         keys: ``("image", "label")``, or ``("image",)`` for scans to predict.
         labels: See `LoadVolumed`.
+        body_in: What the channels are, if the patient is to be found in them.
     """
     images = [key for key in keys if key != LABEL]
     return Compose(
@@ -236,13 +264,19 @@ def preprocessing_transforms(
             StraightenVolumed(keys),
             OrientVolumed(keys, preprocessing.orientation),
             ResampleVolumed(keys, spacing_mm=preprocessing.spacing_mm),
+            *([FindBodyd(images, channels=body_in)] if body_in else []),
             NormalizeIntensityVolumed(images, intensity=preprocessing.intensity),
         ]
     )
 
 
 def preprocess(
-    images: Sequence[Source], label: Source | None, preprocessing: Preprocessing, labels: Labels | None = None
+    images: Sequence[Source],
+    label: Source | None,
+    preprocessing: Preprocessing,
+    labels: Labels | None = None,
+    *,
+    body_in: Sequence[str] = (),
 ) -> Prepared:
     """A case as the network sees it.
 
@@ -251,13 +285,14 @@ def preprocess(
         label: The label map; None for a scan to predict.
         preprocessing: All numbers resolved.
         labels: See `LoadVolumed`.
+        body_in: See `preprocessing_transforms`.
 
     Raises:
         DataError: If a file cannot be used; see the tables of `nifti` and of what it reads with.
     """
     data: dict[Hashable, Any] = {IMAGE: tuple(images)} | ({LABEL: label} if label is not None else {})
     try:
-        data = preprocessing_transforms(preprocessing, tuple(map(str, data)), labels)(data)
+        data = preprocessing_transforms(preprocessing, tuple(map(str, data)), labels, body_in)(data)
     except RuntimeError as error:  # MONAI wraps whatever a transform raises
         if isinstance(error.__cause__, MedsegError):
             raise error.__cause__ from None
@@ -272,6 +307,7 @@ def preprocess(
         ranges=image.meta["ranges"],
         modalities=image.meta["modalities"],
         shows_text=image.meta["shows_text"],
+        body=image.meta.get("body"),
     )
 
 

@@ -131,7 +131,8 @@ class Predictor:
             DataError: If the scan cannot be used, or is not like those that the model was trained on.
         """
         try:
-            prepared = preprocess(images, None, self.spec.preprocessing)
+            body_in = self.spec.channels if self.spec.window.crop == "body" else ()
+            prepared = preprocess(images, None, self.spec.preprocessing, body_in=body_in)
         except DataError as error:
             if error.error_id == "E-CHANNELS":
                 error.message += (
@@ -189,12 +190,13 @@ class Predictor:
 
     def _predicted(self, prepared: Prepared, way: Way, *, with_probabilities: bool) -> tuple[Volume, Volume | None]:
         image = torch.from_numpy(prepared.image).to(way.sums_on)
-        windows = Windows.over(image.shape[1:], self.spec.window)
+        body = prepared.body if self.spec.window.crop == "body" else None
+        windows = Windows.over(image.shape[1:], self.spec.window, body=body)
         predicted = slabs(
             image,
             self.network.to(way.device),
             windows,
-            num_outputs=self.spec.labels.num_outputs,
+            background=self.spec.labels.background,
             batch_size=way.batch_size,
             autocast=self.autocast,
             device=way.device,
@@ -206,6 +208,7 @@ class Predictor:
             grid=prepared.geometry,
             source=prepared.source,
             orientation=self.spec.preprocessing.orientation,
+            box=windows.box,
             with_probabilities=with_probabilities,
         )
 

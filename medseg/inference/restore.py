@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medseg.data.body import Box
 from medseg.geometry import Array, Geometry, Volume
 from medseg.inference.sliding_window import Slab
 from medseg.labels import Labels
@@ -25,6 +26,7 @@ def restored(
     grid: Geometry,
     source: Geometry,
     orientation: str,
+    box: Box | None = None,
     with_probabilities: bool = False,
 ) -> tuple[Volume, Volume | None]:
     """Bring a prediction back to the scan or picture it was made for, while it is being made.
@@ -33,12 +35,13 @@ def restored(
     scan's voxels. Of the scan's size only one plane is held for all channels.
 
     Args:
-        slabs: Logits on `grid`, all planes in order.
+        slabs: Logits on `grid`, or a box of it, all planes in order.
         labels: What the channels are.
         axis: The one that planes follow each other along; of a picture it does not matter.
         grid: `Preprocessing.geometry` of `source`.
         source: The scan's grid; its axes need not be orthogonal.
         orientation: The orientation of `grid`, e.g. ``"RAS"``.
+        box: The part of `grid` that the logits are of, background being around it; None: all of it.
         with_probabilities: Whether to return probabilities too; they take R times the scan's memory.
 
     Returns:
@@ -53,9 +56,13 @@ def restored(
         )  # fmt: skip
         return Volume(label.array[..., 0], source), probabilities and Volume(probabilities.array[..., 0], source)
     target = source.oriented(orientation)
-    found = np.empty((1, *source.shape), labels.dtype)
-    chances = np.empty((labels.num_outputs, *source.shape), np.float32) if with_probabilities else None
-    for number, plane in enumerate(resampled_planes(slabs, grid, target, axis)):  # (R, A, B)
+    found = np.zeros((1, *source.shape), labels.dtype)
+    chances = np.zeros((labels.num_outputs, *source.shape), np.float32) if with_probabilities else None
+    if chances is not None and not labels.regions:
+        chances[0] = 1
+    box = box or tuple(slice(0, n) for n in grid.shape)
+    planes = resampled_planes(slabs, labels.background, box=box, grid=grid, target=target, axis=axis)
+    for number, plane in planes:  # (R, A, B)
         place = (slice(None),) * (1 + axis) + (number,)
         _as_oriented(found, source, orientation)[place] = labels.segment(plane[None]).cpu().numpy()
         if chances is not None:
@@ -64,35 +71,79 @@ def restored(
     return Volume(found, source), None if chances is None else Volume(chances, source)
 
 
-def resampled_planes(slabs: Iterable[Slab], grid: Geometry, target: Geometry, axis: int) -> Iterator[Tensor]:
+def resampled_planes(
+    slabs: Iterable[Slab], background: Sequence[float], *, box: Box, grid: Geometry, target: Geometry, axis: int
+) -> Iterator[tuple[int, Tensor]]:
     """Linear interpolation on another grid, plane after plane along an axis.
 
     Args:
-        slabs: Logits on `grid`, all planes in order.
+        slabs: Logits on a box of `grid`, all planes in order.
+        background: Logits around it, one for each of R channels.
+        box: Where it is.
         grid: Where the logits are.
         target: Where they are wanted; its axes lie closest to those of `grid` of the same number.
         axis: The one that planes follow each other along.
 
     Yields:
-        (R, A, B) of the target's planes, in order.
+        The number and (R, A, B) of the target's planes, in order, without those that are background alone.
     """
     way = _way(grid, target, axis)
-    held: dict[int, Tensor] = {}  # the planes of the grid, by number
+    planes = _Planes(grid.shape, box, axis, background)
     number = 0
     for slab in slabs:
-        held |= dict(enumerate(slab.planes, start=slab.first))
-        newest = slab.first + len(slab.planes) - 1
-        while number < target.shape[axis]:
-            needed = way.needed(number)
-            if needed[-1] > newest:
-                break
-            yield way.plane(number, [held[n] for n in needed])
+        planes.take(slab)
+        while number < target.shape[axis] and (needed := way.needed(number))[-1] < planes.known:
+            if planes.holds_something(needed):
+                yield number, way.plane(number, [planes[n] for n in needed])
             number += 1
-        else:
-            return
-        held = {  # the slab's memory is about to be used again
-            n: plane.clone() if n >= slab.first else plane for n, plane in held.items() if n >= needed[0]
-        }
+        if number < target.shape[axis]:
+            planes.keep(way.needed(number)[0])
+
+
+class _Planes:
+    """The planes (R, A, B) of a whole grid, while slabs of a box in it come one after the other."""
+
+    def __init__(self, shape: Sequence[int], box: Box, axis: int, background: Sequence[float]) -> None:
+        self.shape = shape
+        self.axis = axis
+        self.reach = box[axis]
+        self.within = (slice(None), *(side for a, side in enumerate(box) if a != axis))
+        self.background = background
+        self.held: dict[int, Tensor] = {}  # of slabs before
+
+    def take(self, slab: Slab) -> None:
+        """Go on with the next slab."""
+        self.slab = slab
+        size = [n for a, n in enumerate(self.shape) if a != self.axis]
+        self.empty = torch.tensor(self.background, device=slab.planes.device)[:, None, None].expand(-1, *size)
+
+    @property
+    def known(self) -> int:
+        """Up to which plane, and without it, they are there."""
+        end = self.slab.first + len(self.slab.planes)
+        return end if end < self.reach.stop else self.shape[self.axis]
+
+    def holds_something(self, numbers: range) -> bool:
+        """Whether some of the planes cut the box."""
+        return numbers[0] < self.reach.stop and numbers[-1] >= self.reach.start
+
+    def __getitem__(self, number: int) -> Tensor:
+        if number in self.held:
+            return self.held[number]
+        if not self.reach.start <= number < self.reach.stop:
+            return self.empty
+        plane = self.slab.planes[number - self.slab.first]
+        if plane.shape == self.empty.shape:
+            return plane
+        whole = self.empty.clone()
+        whole[self.within] = plane
+        return whole
+
+    def keep(self, first: int) -> None:
+        """Hold what is needed from one plane on, as the slab's memory is about to be used again."""
+        end = self.slab.first + len(self.slab.planes)
+        numbers = range(max(first, self.reach.start), end)
+        self.held = {n: self.held[n] if n in self.held else self[n].clone() for n in numbers}
 
 
 class _Way(Protocol):
@@ -169,6 +220,8 @@ class _Sampled:
         self.reach = float(along.min()), float(along.max())
 
     def needed(self, number: int) -> range:
+        if self.step[self.axis] <= 0:  # sheared so far that the axes of both grids do not belong together
+            return range(self.old[self.axis])
         low, high = (
             min(max(end + number * self.step[self.axis], 0.0), self.old[self.axis] - 1.0) for end in self.reach
         )

@@ -6,7 +6,8 @@ deep as a patch is therefore all that is held of the logits, however long the sc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -26,9 +27,9 @@ class Slab:
     """Finished planes of logits.
 
     Args:
-        first: The number of the first plane along the outer axis.
+        first: The number of the first plane along the volume's outer axis.
         planes: (P, R, A, B), float32: P planes of R channels, A and B being the other axes. Its memory is used again
-            when the next slab is asked for.
+            when the next slab is asked for. Planes are those of the windows' box.
     """
 
     first: int
@@ -41,7 +42,7 @@ def slabs(
     network: nn.Module,
     windows: Windows,
     *,
-    num_outputs: int,
+    background: Sequence[float],
     batch_size: int = 1,
     autocast: torch.dtype | None = None,
     device: torch.device | None = None,
@@ -52,18 +53,19 @@ def slabs(
         image: (C, I, J[, K]), on the device where the logits are to be put together.
         network: In eval mode; (B, C, patch) → (B, R, patch). For mirroring, see `medseg.inference.tta`.
         windows: Those over the image.
-        num_outputs: R, the network's output channels.
+        background: The logits of each of the network's R output channels where there is nothing, see
+            `medseg.labels.Labels.background`.
         batch_size: Windows given to the network at once.
         autocast: Lower precision for the network, e.g. ``torch.bfloat16``; None leaves it as it is.
         device: Where the network is; None: where the image is. Else windows travel there and back.
 
     Yields:
-        All planes, in order, each once.
+        All planes of the windows' box, in order, each once.
     """
     padded = windows.padded(image.unsqueeze(1 + windows.outer) if windows.is_picture else image)
-    blended = _Blended(windows, num_outputs, image.device)
+    blended = _Blended(windows, torch.tensor(background, device=image.device))
     device = device or image.device
-    coming = iter(windows)
+    coming = (numbers for numbers in windows if numbers not in windows.empty)
     while batch := list(islice(coming, batch_size)):
         patches = torch.stack([padded[windows.read(numbers)] for numbers in batch]).to(device)
         with torch.autocast(device.type, autocast) if autocast else nullcontext():
@@ -84,19 +86,35 @@ def label_map(predicted: Iterable[Slab], labels: Labels, windows: Windows) -> Te
 class _Blended:
     """The sums over the windows, as deep as one of them.
 
-    The outer axis comes first in memory, so that planes are finished, moved and read in one piece.
+    The outer axis comes first in memory, so that planes are finished, moved and read in one piece. Windows come
+    without the empty ones, which are put in between: as if the network had seen nothing there.
     """
 
-    def __init__(self, windows: Windows, num_outputs: int, device: torch.device) -> None:
+    def __init__(self, windows: Windows, background: Tensor) -> None:
         self.windows = windows
+        self.background = background[:, None, None]
         outer = windows.axes[windows.outer]
         covered = [windows.axes[a].covered for a in windows.inner]
-        self.sums = torch.zeros((outer.written, num_outputs, *covered), device=device)
-        self.first = 0  # the plane of the padded volume that the sums begin with
-        self.weights = [axis.weights.to(device) for axis in windows.axes]
+        self.sums = torch.zeros((outer.written, len(background), *covered), device=background.device)
+        self.first = 0  # the plane of the padded box that the sums begin with
+        self.weights = [axis.weights.to(background.device) for axis in windows.axes]
+        self.empty = deque(numbers for numbers in windows if numbers in windows.empty)
 
     def finished(self, before: int) -> Iterator[Slab]:
-        """The planes that lie before the next window, after which the sums begin with that one's first."""
+        """The planes before the next window's first, which the sums begin with then."""
+        while self.empty and self.windows.start(self.empty[0]) < before:
+            numbers = self.empty.popleft()
+            yield from self._moved(self.windows.start(numbers))
+            self._add(numbers, self.background)
+        yield from self._moved(before)
+
+    def add(self, numbers: Numbers, patch: Tensor) -> None:
+        """Add a window that begins where the sums do, (R, patch)."""
+        for start in range(0, len(patch), CLASSES_AT_ONCE):
+            part = _outer_first(patch[start : start + CLASSES_AT_ONCE].float(), self.windows.outer)
+            self._add(numbers, part, start)
+
+    def _moved(self, before: int) -> Iterator[Slab]:
         count = before - self.first
         if not count:
             return
@@ -104,15 +122,16 @@ class _Blended:
         first, last = max(self.first, outer.start), min(before, outer.stop)
         if first < last:
             own = slice(first - self.first, last - self.first)
-            yield Slab(first - outer.start, self.sums[own, :, inner[0], inner[1]])
+            offset = self.windows.box[self.windows.outer].start - outer.start
+            yield Slab(first + offset, self.sums[own, :, inner[0], inner[1]])
         for start in range(0, len(self.sums) - count, count):  # in pieces that do not overlap their new place
             piece = self.sums[start + count : start + 2 * count]
             self.sums[start : start + len(piece)] = piece
         self.sums[max(0, len(self.sums) - count) :] = 0
         self.first = before
 
-    def add(self, numbers: Numbers, patch: Tensor) -> None:
-        """Add a window that begins where the sums do, (R, patch)."""
+    def _add(self, numbers: Numbers, values: Tensor, channel: int = 0) -> None:
+        """Add values (P, R, A, B), or some that are alike everywhere, to the channels from one on."""
         windows = self.windows
         depth, height, width = (self.weights[a][numbers[a]] for a in (windows.outer, *windows.inner))
         rows, columns = (
@@ -120,10 +139,7 @@ class _Blended:
             for axis, start in ((windows.axes[a], windows.axes[a].starts[numbers[a]]) for a in windows.inner)
         )
         weight = (depth[:, None, None] * height[:, None] * width)[:, None]  # (P, 1, A, B)
-        sums = self.sums[:, :, rows, columns]
-        for start in range(0, len(patch), CLASSES_AT_ONCE):
-            part = _outer_first(patch[start : start + CLASSES_AT_ONCE].float(), windows.outer)
-            sums[:, start : start + CLASSES_AT_ONCE].addcmul_(part, weight)
+        self.sums[:, channel : channel + values.shape[-3], rows, columns].addcmul_(values, weight)
 
 
 def _outer_first(patch: Tensor, outer: int) -> Tensor:

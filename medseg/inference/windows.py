@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medseg.data.body import Body, Box
 from medseg.model import Weighting, Window
 
 SIGMA_SCALE = 1 / 8
@@ -69,40 +70,76 @@ class Windows:
     for the context they lack. To such a network a picture is a single slice.
 
     Args:
-        axes: One for each axis of the volume.
+        box: The part of the volume that they stand on.
+        axes: One for each axis of that part.
         outer: The axis that windows come in order along: that of slices, or else the longest.
         is_picture: Whether the volume is a picture's single slice.
+        empty: Windows that need no network, as there is nothing but air in them.
     """
 
+    box: Box
     axes: tuple[Axis, ...]
     outer: int
     is_picture: bool = False
+    empty: frozenset[Numbers] = frozenset()
 
     @classmethod
-    def over(cls, shape: Sequence[int], window: Window) -> Windows:
-        """Those over a volume (I, J, K) or a picture (I, J) of this shape."""
+    def over(cls, shape: Sequence[int], window: Window, *, body: Body | None = None) -> Windows:
+        """Those over a volume (I, J, K) or a picture (I, J) of this shape.
+
+        Args:
+            shape: Voxels along each axis.
+            window: Patch, overlap and weighting.
+            body: Where the patient is: windows in the air are passed over, and stand on the box around the patient
+                if they are fewer there.
+        """
+        slice_axis = window.slice_axis if len(window.patch_size) == 2 else None
         if len(shape) == 2:
-            return replace(
-                cls.over((*shape[: window.slice_axis], 1, *shape[window.slice_axis :]), window), is_picture=True
-            )
+            assert slice_axis is not None
+            thick = (*shape[:slice_axis], 1, *shape[slice_axis:])
+            return replace(cls.over(thick, window), is_picture=True)
         patch = list(window.patch_size)
-        slice_axis = None
-        if len(patch) < len(shape):
-            slice_axis = window.slice_axis
+        if slice_axis is not None:
             patch.insert(slice_axis, 1 + 2 * window.context_slices)
+        whole = tuple(slice(0, n) for n in shape)
+        everywhere = cls._on(whole, patch, slice_axis, window)
+        if body is None:
+            return everywhere
+        around = tuple(
+            side if axis == slice_axis else _widened(side, read, size)  # slices want their neighbors
+            for axis, (side, read, size) in enumerate(zip(body.box, patch, shape, strict=True))
+        )
+        if slice_axis is not None:
+            around = (*around[:slice_axis], whole[slice_axis], *around[slice_axis + 1 :])
+        found = [everywhere.touching(body), cls._on(around, patch, slice_axis, window).touching(body)]
+        return min(found, key=lambda windows: windows.num_computed)
+
+    @classmethod
+    def _on(cls, box: Box, patch: Sequence[int], slice_axis: int | None, window: Window) -> Windows:
         axes = []
-        for number, (size, read) in enumerate(zip(shape, patch, strict=True)):
-            if number == slice_axis:
+        for axis, (side, read) in enumerate(zip(box, patch, strict=True)):
+            size = side.stop - side.start
+            if axis == slice_axis:
                 axes.append(Axis(size, read, 1, window.context_slices, tuple(range(size)), torch.ones(size, 1)))
                 continue
             starts = window_starts(max(size, read), read, window.overlap)
             weights = _axis_weights(read, starts, window.weighting)
             axes.append(Axis(size, read, read, max(0, read // 2 - size // 2), starts, weights))
-        longest = max(range(len(axes)), key=lambda axis: shape[axis])
-        return cls(tuple(axes), longest if slice_axis is None else slice_axis)
+        longest = max(range(len(axes)), key=lambda axis: axes[axis].size)
+        return cls(box, tuple(axes), longest if slice_axis is None else slice_axis)
+
+    def touching(self, body: Body) -> Windows:
+        """The same, those that hold nothing of a body passed over."""
+        empty = frozenset(numbers for numbers in self if not body.touches(self._place(numbers)))
+        return replace(self, empty=empty)
 
     def __len__(self) -> int:
         return math.prod(len(axis.starts) for axis in self.axes)
+
+    @property
+    def num_computed(self) -> int:
+        """Windows that the network sees."""
+        return len(self) - len(self.empty)
 
     def __iter__(self) -> Iterator[Numbers]:
         """All of them; what lies before the window at hand along the outer axis is therefore finished."""
@@ -125,8 +162,17 @@ class Windows:
         starts = (axis.starts[n] for axis, n in zip(self.axes, numbers, strict=True))
         return (slice(None), *(slice(s, s + axis.read) for s, axis in zip(starts, self.axes, strict=True)))
 
+    def _place(self, numbers: Numbers) -> Box:
+        """The voxels of the volume that a window predicts."""
+        place = []
+        for axis, number, side in zip(self.axes, numbers, self.box, strict=True):
+            first = side.start + axis.starts[number] - axis.inside.start
+            place.append(slice(max(side.start, first), min(first + axis.written, side.stop)))
+        return tuple(place)
+
     def padded(self, image: Tensor) -> Tensor:
-        """Zeros around an image (C, I, J, K) smaller than the patch, copies of the outermost slices around slices."""
+        """The box of an image (C, I, J, K): zeros around one smaller than the patch, copies of the outermost slices around slices."""
+        image = image[(slice(None), *self.box)]
         zeros: list[int] = []
         for number, axis in enumerate(self.axes):
             if axis.written == axis.read:
@@ -150,6 +196,13 @@ def window_starts(size: int, patch: int, overlap: float) -> tuple[int, ...]:
     step = max(1.0, patch * (1 - overlap))
     num_steps = -int(-(size - patch) // step)  # rounded up
     return tuple(round(n * (size - patch) / max(1, num_steps)) for n in range(num_steps + 1))
+
+
+def _widened(side: slice, patch: int, size: int) -> slice:
+    """A stretch of an axis, made as long as a patch where the axis is."""
+    missing = max(0, patch - (side.stop - side.start))
+    start = max(0, min(side.start - missing // 2, size - max(patch, side.stop - side.start)))
+    return slice(start, min(size, max(side.stop, start + patch)))
 
 
 def _axis_weights(patch: int, starts: Sequence[int], weighting: Weighting) -> Tensor:

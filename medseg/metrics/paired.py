@@ -24,6 +24,7 @@ from medseg.metrics.statistics import (
 )
 from medseg.metrics.table import ABSENT, MISSED, SPURIOUS
 from medseg.registry import did_you_mean
+from medseg.wording import counted, listed
 
 NOT_METRICS = ("case", "organ", "patient", "diagonal_mm", "note")
 
@@ -33,8 +34,6 @@ LOWER_IS_BETTER = DISTANCES | {"volume_error"}
 
 DATA_HASHES = ("medseg.data_hash", "medseg.manifest_sha256")
 """Tags that tell data apart; the first that both runs have decides."""
-
-MAX_NAMED = 5
 
 Result = dict[str, Any]
 Key = tuple[str, str]
@@ -152,14 +151,14 @@ def _number(row: Mapping[str, str], column: str, where: str) -> float:
         raise DataError("E-COMPARE-TABLE", message, where=where) from None
 
 
-def counted(tables: Sequence[RunTable], metric: str) -> list[RunTable]:
+def with_diagonals(tables: Sequence[RunTable], metric: str) -> list[RunTable]:
     """A distance that is not defined gets the value it counts as, where the scan's diagonal is known."""
     if not is_distance(metric):
         return list(tables)
     diagonals = {case: mm for table in tables for case, mm in table.diagonals.items()}
     invented = {key for table in tables for key in table.values if table.says(key, SPURIOUS)}
 
-    def counted(table: RunTable, key: Key) -> float:
+    def value_of(table: RunTable, key: Key) -> float:
         value, diagonal = table.values[key], diagonals.get(key[0], math.nan)
         if not math.isnan(value) or math.isnan(diagonal):
             return value
@@ -167,11 +166,11 @@ def counted(tables: Sequence[RunTable], metric: str) -> list[RunTable]:
             return diagonal
         return 0.0 if table.says(key, ABSENT) and key in invented else math.nan
 
-    return [replace(table, values={key: counted(table, key) for key in table.values}) for table in tables]
+    return [replace(table, values={key: value_of(table, key) for key in table.values}) for table in tables]
 
 
 def num_as_diagonal(tables: Sequence[RunTable], metric: str) -> int:
-    """How many organs that a run missed or invented `counted` gave the diagonal of their scan."""
+    """How many organs that a run missed or invented `with_diagonals` gave the diagonal of their scan."""
     if not is_distance(metric):
         return 0
     return sum(t.says(key, MISSED, SPURIOUS) and not math.isnan(mm) for t in tables for key, mm in t.values.items())
@@ -187,8 +186,8 @@ def paired(baseline: RunTable, other: RunTable) -> Grid:
     if not keys:
         raise DataError(
             "E-COMPARE-CASES",
-            f"no case and organ is in both {baseline.name} (cases {named(sorted(baseline.cases))}) and {other.name} "
-            f"(cases {named(sorted(other.cases))}); compare runs of the same fold and data",
+            f"no case and organ is in both {baseline.name} (cases {listed(sorted(baseline.cases))}) and {other.name} "
+            f"(cases {listed(sorted(other.cases))}); compare runs of the same fold and data",
         )
     return side_by_side([baseline, other], keys)
 
@@ -228,8 +227,8 @@ def held_to(baseline: RunTable, other: RunTable, grid: Grid, sign: int) -> Resul
     differences = grid.values[..., 1] - grid.values[..., 0]
     means = [found["difference"] for found in organs.values() if found["n"]]
     mean = float(np.mean(means)) if means else math.nan
-    why_worse = [f"{len(lost)} {'results are' if len(lost) > 1 else 'result is'} missing"] if lost else []
-    why_worse += [f"cases are missing: {named(gone)}"] if gone else []
+    why_worse = [f"{counted(len(lost), 'result')} missing"] if lost else []
+    why_worse += [f"cases are missing: {listed(gone)}"] if gone else []
     why_worse += [] if sign * mean >= -TIE else [f"mean difference {mean:+.4f}"]  # NaN is worse
     return {
         "run": other.name,
@@ -335,11 +334,5 @@ def data_hashes(tables: Sequence[RunTable]) -> list[str]:
             if value := table.tags.get(tag):
                 groups.setdefault(value, []).append(table.label)
         if sum(map(len, groups.values())) > 1:
-            return [f"{value[:16]} ({named(labels)})" for value, labels in groups.items()] if len(groups) > 1 else []
+            return [f"{value[:16]} ({listed(labels)})" for value, labels in groups.items()] if len(groups) > 1 else []
     return []
-
-
-def named(cases: Sequence[str]) -> str:
-    """The first few of them, and how many more."""
-    more = f" and {len(cases) - MAX_NAMED} more" if len(cases) > MAX_NAMED else ""
-    return ", ".join(cases[:MAX_NAMED]) + more

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medseg.errors import WorkflowError
 from medseg.nets.encoders.encoder import Encoder
+from medseg.wording import listed
 
 log = logging.getLogger("medseg")
 
@@ -49,7 +50,9 @@ def load_encoder_weights(encoder: Encoder, path: Path, *, inflation: Inflation =
         return
     encoder.load_state_dict({**encoder.state_dict(), **found})
     if random := {name for name, _ in encoder.named_parameters()} - found.keys():
-        log.warning("W-ENCODER-WEIGHTS %s: has nothing that fits %s, which start random", path, _listed(random))
+        log.warning(
+            "W-ENCODER-WEIGHTS %s: has nothing that fits %s, which start random", path, listed(sorted(random), LISTED)
+        )
 
 
 def encoder_weights(encoder: Encoder, path: Path, *, inflation: Inflation = "center") -> dict[str, Tensor]:
@@ -91,7 +94,7 @@ def encoder_weights(encoder: Encoder, path: Path, *, inflation: Inflation = "cen
             wrong, missing = wrong - part, missing - part
             fitted = {name: tensor for name, tensor in fitted.items() if name not in part}
     if not published.keys() & own.keys():
-        theirs, ours = (_listed(names, 2) for names in (published, own))
+        theirs, ours = (listed(sorted(names), 2) for names in (published, own))
         raise WorkflowError(
             "E-ENCODER-WEIGHTS",
             f"is of another architecture: it holds {theirs}, where this {type(encoder).__name__} has {ours}",
@@ -100,10 +103,10 @@ def encoder_weights(encoder: Encoder, path: Path, *, inflation: Inflation = "cen
     if wrong or missing or unexpected:
         shapes = [f"{name} {tuple(published[name].shape)} → {own[name]}" for name in wrong]
         kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        listed = "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names)
+        differing = "; ".join(f"{kind}: {listed(sorted(names), LISTED)}" for kind, names in kinds.items() if names)
         raise WorkflowError(
             "E-ENCODER-WEIGHTS",
-            f"the weights in it are not those of this {type(encoder).__name__}; {listed}; {_remedy(published, own)}",
+            f"the weights in it are not those of this {type(encoder).__name__}; {differing}; {_remedy(published, own)}",
             where=str(path),
         )
     return fitted
@@ -140,7 +143,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     damaged = [name for name, value in weights.items() if not value.isfinite().all()]
     if damaged:
         raise WorkflowError(
-            "E-ENCODER-WEIGHTS", f"NaN or infinite in {_listed(damaged)}; download it again", where=str(path)
+            "E-ENCODER-WEIGHTS",
+            f"NaN or infinite in {listed(sorted(damaged), LISTED)}; download it again",
+            where=str(path),
         )
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
@@ -226,8 +231,3 @@ def _remedy(published: Mapping[str, Tensor], own: Mapping[str, Sequence[int]]) -
         if is_batch_norm and not with_batch_norm:
             return "the file is of a network without batch norm: set norm to none, or take the file with it"
     return "choose the file of this network, or the arguments (encoder, layers, channels, norm) of the network it is of"
-
-
-def _listed(names: Collection[str], most: int = LISTED) -> str:
-    rest = len(names) - most
-    return ", ".join(sorted(names)[:most]) + (f" and {rest} more" if rest > 0 else "")

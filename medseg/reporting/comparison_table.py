@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from medseg.metrics.statistics import MIN_PATIENTS
+from medseg.wording import counted
 
 Result = Mapping[str, Any]
 Row = tuple[str, ...]
@@ -101,8 +102,8 @@ def comparison_table(result: Result) -> RenderableType:
 
 def ranking_table(result: Result) -> RenderableType:
     """What `medseg.compare.rank_experiment` found, for a terminal of 80 columns."""
-    runs, cases = len(result["ranking"]), result["n_cases"]
-    title = f"{result['metric']} of {result['experiment']}: {runs} runs, {cases} case{'s' if cases > 1 else ''}"
+    runs, cases = counted(len(result["ranking"]), "run"), counted(result["n_cases"], "case")
+    title = f"{result['metric']} of {result['experiment']}: {runs}, {cases}"
     table = _table(title, _RANKED_NARROW, ranked_rows(result), "0", left=("run",))
     return Group(table, Text("\n".join([*result["warnings"], *_counting(result), *_page(result)])))
 

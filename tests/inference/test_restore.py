@@ -146,5 +146,7 @@ def test_regions_are_thresholded_in_their_order():
 def test_equal_grids_are_not_resampled():
     grid = scan_grid()
     slab = Slab(0, random_logits(grid).transpose(0, 1))
-    for number, plane in enumerate(resampled_planes([slab], grid, grid, axis=0)):
+    box = tuple(slice(0, n) for n in grid.shape)
+    planes = resampled_planes([slab], LABELS.background, box=box, grid=grid, target=grid, axis=0)
+    for number, plane in planes:
         assert plane.data_ptr() == slab.planes[number].data_ptr()

@@ -18,7 +18,7 @@ from medseg.model import Window
 def sliding_window(image: Tensor, network: nn.Module, window: Window, *, num_outputs: int, **how: Any) -> Tensor:
     """All logits (R, I, J[, K]) of an image (C, I, J[, K])."""
     windows = Windows.over(image.shape[1:], window)
-    found = slabs(image, network, windows, num_outputs=num_outputs, **how)
+    found = slabs(image, network, windows, background=[0.0] * num_outputs, **how)
     planes = torch.cat([slab.planes.clone() for slab in found])
     return planes[0] if windows.is_picture else planes.movedim(0, 1 + windows.outer)
 

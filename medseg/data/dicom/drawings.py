@@ -12,6 +12,7 @@ from medseg.data.dicom.rtstruct import rois_of
 from medseg.data.dicom.seg import segments_of
 from medseg.data.dicom.values import text_of, tolerant
 from medseg.errors import MedsegError
+from medseg.wording import counted
 
 _READ = ["Modality", "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"]
 
@@ -47,9 +48,9 @@ def read_drawing(path: Path) -> Drawing | None:
         return None
     try:
         if kind == "SEG":
-            names = [f"{one.label} ({_count(one.num_frames, 'frame')})" for one in segments_of(path)]
+            names = [f"{one.label} ({counted(one.num_frames, 'frame')})" for one in segments_of(path)]
         elif kind == "RTSTRUCT":
-            names = [f"{one.name} ({_count(one.num_contours, 'contour')})" for one in rois_of(path)]
+            names = [f"{one.name} ({counted(one.num_contours, 'contour')})" for one in rois_of(path)]
         else:
             return None
     except MedsegError as error:
@@ -65,7 +66,3 @@ def _series_uids(header: Dataset) -> Iterator[str]:
         for study in frame.get("RTReferencedStudySequence") or []:
             for series in study.get("RTReferencedSeriesSequence") or []:
                 yield text_of(series, "SeriesInstanceUID")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

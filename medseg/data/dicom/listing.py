@@ -14,6 +14,7 @@ from rich.text import Text
 from medseg.data.dicom.drawings import Drawing, read_drawing
 from medseg.data.dicom.folder import Series, Skipped, find_series
 from medseg.errors import DataError
+from medseg.wording import counted
 
 UID_END = 8
 """Characters of a uid that mostly tell the series of a folder apart; more are shown where they do not."""
@@ -182,7 +183,7 @@ def _end_lines(series: Sequence[Row], num_skipped: int) -> Iterator[Text]:
         return
     num_bad = sum(bool(row["problems"]) for row in series)
     bad = f", {num_bad} cannot be read" if num_bad else ""
-    out = f"; {num_skipped} file{'' if num_skipped == 1 else 's'} left out" if num_skipped else ""
+    out = f"; {counted(num_skipped, 'file')} left out" if num_skipped else ""
     yield Text(f"{len(series)} series{bad}{out}", "bold")
     readable = next((row for row in series if not row["problems"]), None)
     if readable:

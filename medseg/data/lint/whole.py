@@ -36,6 +36,7 @@ from medseg.data.manifest import Case, Manifest
 from medseg.display import track
 from medseg.errors import MedsegError
 from medseg.files import sha256_of
+from medseg.wording import listed
 
 MIN_SPACING_FACTOR = 2.0
 """Voxels this many times as large as the median, or as small, are worth a look …"""
@@ -234,7 +235,7 @@ def _patient_rows(facts: Sequence[CaseFacts], folds: Mapping[str, int]) -> Itera
     """Patients on two sides; told by their cases, for the patient's own name may be private."""
     for group in of_one_patient(facts):
         training = [found for found in group if found.is_training]
-        named = _named(group)
+        named = listed(found.case.id for found in group)
         used = sorted({folds[found.case.id] for found in training if found.case.id in folds})
         if len(used) > 1:
             advice = "give them one fold" if len({found.case.patient for found in group}) == 1 else _SAME_PERSON
@@ -245,7 +246,7 @@ def _patient_rows(facts: Sequence[CaseFacts], folds: Mapping[str, int]) -> Itera
             yield Row("E-LEAKAGE", message, group[0].case.id)
     for group in _hidden_by_one_id(facts):
         message = (
-            f"{_named(group)} bear one PatientID: a placeholder, or one patient? If they are one, say so in the manifest "
+            f"{listed(found.case.id for found in group)} bear one PatientID: a placeholder, or one patient? If they are one, say so in the manifest "
             "('patient'), or they stand on both sides of a fold"
         )
         yield Row("W-PATIENT-ID", message)
@@ -356,8 +357,3 @@ def _orientation_rows(facts: Sequence[CaseFacts]) -> Iterator[Row]:
                 "header, so look whether the header is right"
             )
             yield Row("W-ORIENTATION", message, found.case.id, str(found.case.images[0]))
-
-
-def _named(group: Sequence[CaseFacts], most: int = 5) -> str:
-    names = [found.case.id for found in group]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
