@@ -293,7 +293,10 @@ def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, MLflow run id, or a folder of segmentations.")],
     *,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="PAGE", help="File to write.  [default: RUN/report.html]")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="PAGE", help="File to write, or folder for report.html.  [default: RUN]"
+        ),
     ] = None,
     scans: Annotated[
         Path | None, typer.Option(help="Scans that segmentations were made from: a folder, a file or a manifest.")
@@ -311,6 +314,8 @@ def report(
 
         result = report(run, output=output, scans=scans, labels=labels, split=split, tracking_uri=uri)
     print_result(result, as_json, report_summary)
+    if result.get("failed"):
+        raise typer.Exit(SOME_CASES_FAILED)
 
 
 @app.command()
@@ -441,7 +446,7 @@ def ui(
     auth: Annotated[bool, typer.Option("--auth", help="Ask for users and passwords; needs mlflow[auth].")] = False,
 ) -> None:
     """Open MLflow's pages on this project's runs; Ctrl-C ends it."""
-    from medseg.tracking.runs import serve_ui
+    from medseg.tracking.ui import serve_ui
 
     raise typer.Exit(serve_ui(uri, host, port, auth=auth))
 
@@ -459,7 +464,7 @@ def register(
 ) -> None:
     """Put a run's model into MLflow's registry, for `medseg predict models:/NAME@ALIAS`."""
     with stdout_kept_free():
-        from medseg.tracking.runs import register
+        from medseg.tracking.models import register
 
         result = register(run, name, alias=alias, tracking_uri=uri)
     print_result(result, as_json)

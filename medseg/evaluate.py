@@ -26,6 +26,7 @@ from medseg.metrics import METRICS
 from medseg.metrics.groups import asks_for_lesions, chosen_metrics
 from medseg.metrics.overview import VOLUMES, only, overview
 from medseg.metrics.table import (
+    EVALUATION,
     PER_CASE,
     PER_LESION,
     Score,
@@ -40,9 +41,6 @@ from medseg.wording import counted, listed
 
 Result = dict[str, Any]
 T = TypeVar("T")
-
-EVALUATION = "evaluation.json"
-"""What the result is called in the output folder, with the rows of `PER_CASE` in it."""
 
 RESAMPLED = "prediction resampled"
 NO_PREDICTION = "no prediction"
@@ -275,7 +273,7 @@ def _write(output: Path, scored: Sequence[Scored], metrics: Sequence[str], rules
         write_lesions(output / PER_LESION, rows)
         tables["lesion_table"] = str(output / PER_LESION)
     how = {  # whoever draws the cases needs to know what their files and values are
-        "organs": rules.organs,
+        "labels": rules.labels.to_dict() if rules.labels else None,
         "map": asdict(rules.translation) if rules.translation else None,
         "files": {one.pair.case: one.pair.files for one in scored},
     }

@@ -21,7 +21,7 @@ from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.files import NO_ROOM, remove_leftovers
 from medseg.memory import asked_for, is_out_of_memory
-from medseg.tracking.runs import is_registered, model_folder
+from medseg.tracking.models import is_registered, model_folder
 
 if TYPE_CHECKING:
     from medseg.data.transforms import Prepared

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.text import Text
 
-from medseg.data.inputs import MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases
+from medseg.data.inputs import MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases, manifest_cases
 from medseg.data.manifest import Case, Manifest
 from medseg.errors import DataError, WorkflowError
 from medseg.labels import Labels
-from medseg.metrics.table import PER_CASE
+from medseg.metrics.table import EVALUATION, PER_CASE
 from medseg.model import Preprocessing, load_spec
 from medseg.reporting.batch_page import write_batch_page
 from medseg.reporting.run_page import REPORT, write_run_page
@@ -38,16 +38,17 @@ def report(
     Args:
         run: A run folder (of one fold or of all), a folder of `medseg evaluate`, an MLflow run id, or a folder of
             segmentations.
-        output: The file to write; None: ``report.html`` in that folder.
-        scans: For segmentations: the scans they were made from, as files, a folder or a manifest; by the same names.
-        labels: For segmentations: a model, a run folder or a manifest that names the labels; None: the manifest of
-            the scans, or else numbers.
-        split: Part of the manifest of scans; None: its test cases, or all where it has none.
+        output: The file to write, or a folder for ``report.html``; None: the folder of the run itself.
+        scans: The scans that segmentations were made from, as files, a folder or a manifest, by the same names; a run
+            knows its own.
+        labels: A model, a run folder or a manifest that names the labels of segmentations; None: the manifest of the
+            scans, or else numbers.
+        split: Part of the manifest of scans; None: all of it.
         tracking_uri: Where to look for run ids; None: $MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db``.
 
     Returns:
-        ``page``, ``megabytes``, ``seconds``, and how many ``cases``, ``pictures`` and ``viewer_cases`` are in it;
-        of segmentations ``outliers`` too.
+        ``page``, ``megabytes``, ``seconds``, and how many ``cases``, ``pictures`` and ``viewer_cases`` are in it; of
+        segmentations also ``outliers``, ``mostly_absent`` and ``failed``, see `write_batch_page`.
 
     Raises:
         MedsegError: If there is nothing to report of.
@@ -56,15 +57,18 @@ def report(
     folder = Path(run) if Path(run).exists() else run_folder(run, tracking_uri)
     if not folder.is_dir():
         raise DataError("E-REPORT-RUN", "is a file; name a run folder, or a folder of segmentations", where=run)
-    page = output or folder / REPORT
+    page = output or folder
+    page = page / REPORT if page.is_dir() else page
     page.parent.mkdir(parents=True, exist_ok=True)
-    if _is_run(folder):
-        if scans or labels or split:
-            message = "is for segmentations without references; this is a run, which knows its own scans"
-            raise WorkflowError("E-ARGUMENT", message, where="--scans, --labels, --split")
-        found = write_run_page(folder, page, _result(folder))
+    if not _is_run(folder):
+        found = _report_segmentations(folder, page, scans, labels, split)
+    elif (folder / EVALUATION).exists():
+        found = write_run_page(folder, page, {}, **_known(scans, labels, split))
+    elif scans or labels or split:
+        message = "is for segmentations, scored or not; this is a run, which knows its own scans"
+        raise WorkflowError("E-ARGUMENT", message, where="--scans, --labels, --split")
     else:
-        found = _report_segmentations(folder, page, scans=scans, labels=labels, split=split)
+        found = write_run_page(folder, page, _result(folder))
     megabytes = round(page.stat().st_size / 1e6, 1)
     return {"page": str(page), **found, "megabytes": megabytes, "seconds": round(time.monotonic() - started, 1)}
 
@@ -73,8 +77,12 @@ def report_summary(result: Mapping[str, Any]) -> Text:
     """Where the page is and what is in it."""
     outliers = f", {result['outliers']} of them with a volume that stands out" if "outliers" in result else ""
     shown = f"{result['pictures']} in pictures, {result['viewer_cases']} in the viewer"
-    text = f"{result['cases']} cases{outliers}; {shown}; {result['megabytes']} MB\nopen in a browser: {result['page']}"
-    return Text(text, overflow="ignore", no_wrap=True)
+    lines = [f"{result['cases']} cases{outliers}; {shown}; {result['megabytes']} MB"]
+    absent = result.get("mostly_absent", {})
+    lines += [f"{organ} was found in {result['cases'] - n} of {result['cases']}" for organ, n in absent.items()]
+    lines += [f"not readable  {entry['message']}" for entry in result.get("failed", ())]
+    lines.append(f"open in a browser: {result['page']}")
+    return Text("\n".join(lines), overflow="ignore", no_wrap=True)
 
 
 def _is_run(folder: Path) -> bool:
@@ -88,21 +96,27 @@ def _result(folder: Path) -> Result:
 
 
 def _report_segmentations(
-    folder: Path, page: Path, *, scans: Path | None, labels: Path | None, split: str | None
-) -> dict[str, int]:
+    folder: Path, page: Path, scans: Path | None, labels: Path | None, split: str | None
+) -> Result:
     predictions = [case for case in find_cases([folder]) if not case.id.endswith(PROBABILITIES)]
     check_unique(predictions)
-    known: list[Case] = find_cases([scans], split=split) if scans else []
+    return write_batch_page(predictions, page, name=folder.resolve().name, **_known(scans, labels, split))
+
+
+def _known(scans: Path | None, labels: Path | None, split: str | None) -> Result:
+    """What somebody says of segmentations: their scans by case, what labels are called, and how scans are read."""
     named = labels or (scans if scans and scans.suffix == MANIFEST_SUFFIX else None)
     described, preprocessing = _described(named) if named else (None, Preprocessing())
-    return write_batch_page(
-        predictions,
-        page,
-        name=folder.resolve().name,
-        labels=described,
-        scans={case.id: case for case in known},
-        preprocessing=preprocessing,
-    )
+    return {"scans": _scans(scans, split) if scans else {}, "labels": described, "preprocessing": preprocessing}
+
+
+def _scans(path: Path, split: str | None) -> dict[str, Case]:
+    if split or path.suffix != MANIFEST_SUFFIX:
+        found = find_cases([path], split=split)
+    else:
+        manifest = Manifest.load(path)
+        found = [c for part in ("training", "test") if getattr(manifest, part) for c in manifest_cases(manifest, part)]
+    return {case.id: case for case in found}
 
 
 def _described(path: Path) -> tuple[Labels, Preprocessing]:

@@ -285,7 +285,7 @@ def test_a_wrong_call_exits_with_2_and_says_why(arguments: list[str], message: s
 
 
 def test_ui_exits_as_the_server_does(fake: Fake) -> None:
-    calls = fake("serve_ui", 7, module="medseg.tracking.runs")
+    calls = fake("serve_ui", 7, module="medseg.tracking.ui")
     assert medseg("ui", "--uri", "sqlite:///x.db", "--port", "5001").exit_code == 7
     assert calls == [{"args": ("sqlite:///x.db", "127.0.0.1", 5001), "auth": False}]
 
@@ -354,7 +354,7 @@ def test_a_full_disk_is_told_in_one_message(fake: Fake) -> None:
 
 
 def test_register_tells_how_predict_finds_the_model(fake: Fake) -> None:
-    calls = fake("register", {"model": "models:/liver@champion"}, module="medseg.tracking.runs")
+    calls = fake("register", {"model": "models:/liver@champion"}, module="medseg.tracking.models")
     result = medseg("register", "runs/x", "liver", "--alias", "champion", "--json")
     assert json.loads(result.stdout) == {"model": "models:/liver@champion"}
     assert calls == [{"args": ("runs/x", "liver"), "alias": "champion", "tracking_uri": None}]

@@ -145,3 +145,26 @@ def test_the_viewer_stands_beside_its_licence() -> None:
     folder = Path(__file__).parents[1] / "medseg" / "reporting" / "assets"
     assert "BSD 2-Clause" in (folder / "niivue.LICENSE.txt").read_text()
     assert (folder / "niivue.umd.js").stat().st_size < 2_500_000
+
+
+def test_an_existing_folder_takes_the_page_under_its_usual_name(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", {"a": right_sided()})
+    (tmp_path / "pages").mkdir()
+    done = CliRunner().invoke(app, ["report", str(folder), "-o", str(tmp_path / "pages")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "pages" / "report.html").exists()
+    assert f"open in a browser: {tmp_path / 'pages' / 'report.html'}" in done.stdout
+
+
+def test_a_file_that_cannot_be_read_ends_the_command_with_3(tmp_path: Path) -> None:
+    predictions = make_run(tmp_path / "run", {name: right_sided() for name in "ab"}) / "predictions"
+    (predictions / "a.nii.gz").write_bytes(b"no scan")
+    done = CliRunner().invoke(app, ["report", str(predictions), "--json"])
+    assert done.exit_code == 3, done.output
+    told = json.loads(done.stdout)
+    assert told["cases"] == 1
+    assert [entry["case"] for entry in told["failed"]] == ["a"]
+    assert told["failed"][0]["message"].startswith(told["failed"][0]["error_id"])
+    done = CliRunner().invoke(app, ["report", str(predictions)])
+    assert done.exit_code == 3
+    assert f"not readable  {told['failed'][0]['error_id']}" in done.stdout

@@ -18,7 +18,7 @@ from medseg.model import ModelSpec, Preprocessing, Window, load_model
 from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
 from medseg.registry import check_arguments
-from medseg.tracking.runs import model_folder
+from medseg.tracking.models import model_folder
 from medseg.workflow import Workflow
 
 NETWORK_PARAMETERS = ("spatial_dims", "in_channels", "out_channels", "deep_supervision")

@@ -33,7 +33,8 @@ class Boundary(nn.Module):
 
     Reference:
         Kervadec et al. 2019, arXiv:1812.07032; 0 in the outermost voxels as in the authors' program, where the paper's
-        border runs between voxels.
+        border runs between voxels. Theirs takes 1 off the distances inside also where they are in mm, here it is the
+        smallest spacing: a voxel beside the border along a coarser axis lies deeper.
     """
 
     title: ClassVar[str] = "boundary"

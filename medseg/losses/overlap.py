@@ -21,7 +21,7 @@ class Dice(nn.Module):
             not count as a miss; else each by itself.
         include_background: Whether class 0 counts as an organ. Regions have none.
         squared: Whether the denominator sums squares, as V-Net's does.
-        smooth: Voxels added to numerator and denominator.
+        smooth: Voxels added to numerator and denominator; with 0 an organ that is nowhere, or all masked, makes NaN.
 
     Reference:
         Milletari et al. 2016, arXiv:1606.04797; Drozdzal et al. 2016, arXiv:1608.04117.
@@ -38,7 +38,7 @@ class Dice(nn.Module):
         self.batch = batch
         self.include_background = include_background
         self.squared = squared
-        self.smooth = smooth
+        self.smooth = _checked_smooth(smooth)
 
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss, a float32 scalar in [0, 1].
@@ -79,7 +79,7 @@ class GeneralizedDice(nn.Module):
         super().__init__()
         self.batch = batch
         self.include_background = include_background
-        self.smooth = smooth
+        self.smooth = _checked_smooth(smooth)
 
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss, a float32 scalar in [0, 1]; arguments as `Dice.forward`."""
@@ -101,7 +101,7 @@ class Tversky(nn.Module):
         beta: Weight of false negatives; the larger of the two favours finding everything.
         batch: Whether the samples of a batch are scored as one; else each by itself.
         include_background: Whether class 0 counts as an organ. Regions have none.
-        smooth: Voxels added to numerator and denominator.
+        smooth: Voxels added to numerator and denominator; with 0 an organ that is nowhere, or all masked, makes NaN.
 
     Reference:
         Salehi et al. 2017, arXiv:1706.05721; the defaults are those it found best.
@@ -121,11 +121,13 @@ class Tversky(nn.Module):
         smooth: float = 1e-5,
     ) -> None:
         super().__init__()
+        if min(alpha, beta) < 0 or alpha == beta == 0:
+            raise ValueError(f"alpha is {alpha} and beta {beta}; neither may be negative and one must be positive")
         self.alpha = alpha
         self.beta = beta
         self.batch = batch
         self.include_background = include_background
-        self.smooth = smooth
+        self.smooth = _checked_smooth(smooth)
 
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss, a float32 scalar in [0, 1]; arguments as `Dice.forward`."""
@@ -183,6 +185,12 @@ class FocalTversky(nn.Module):
         wrong = 1 - self.index.of_each(logits, target, mask)
         counted = wrong > torch.finfo(wrong.dtype).eps  # what is less is rounding
         return wrong.where(counted, 1).pow(1 / self.gamma).where(counted, 0).mean()
+
+
+def _checked_smooth(smooth: float) -> float:
+    if smooth < 0:
+        raise ValueError(f"smooth is {smooth}; it must not be negative")
+    return smooth
 
 
 class SoftSums(NamedTuple):

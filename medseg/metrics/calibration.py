@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from medseg.errors import GeometryError
 from medseg.metrics.evidence import OrganEvidence
+from medseg.metrics.surface import bounding_boxes
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating]
@@ -135,7 +136,10 @@ def organ_calibration_error(organ: OrganEvidence) -> float:
     """`expected_calibration_error` on the organ's box; NaN if it is in neither mask or has no probabilities."""
     if organ.is_in_neither or organ.probability is None:
         return math.nan
-    return expected_calibration_error(organ.probability, organ.masks[0], counted=organ.counted)
+    reference, prediction = organ.masks
+    pair = reference.view(np.uint8), prediction.view(np.uint8)
+    (box,) = bounding_boxes(*pair, {"": (1,)}).values()  # what is predicted in voxels that do not count has no say
+    return expected_calibration_error(organ.probability[box], reference[box], counted=organ.counted[box])
 
 
 def _check_shapes(expected: tuple[int, ...], *arrays: npt.NDArray[Any]) -> None:

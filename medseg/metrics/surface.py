@@ -86,6 +86,8 @@ class SurfaceDistances:
         """The largest distance from either surface to the other, or the larger of the two percentiles.
 
         DeepMind's surface-distance weighs its percentiles by area, and measures from corner to corner of the voxels.
+        SimpleITK's filter has these values of contours; given masks, it measures from mask to mask instead. Of a block
+        of 11 voxels and the same one without its middle voxel the distance is 4 here, there 5 and 1.
 
         Args:
             percentile: 95 for HD95; in (0, 100], between two distances on the line that joins them.
@@ -103,7 +105,9 @@ class SurfaceDistances:
     def average(self) -> float:
         """Average symmetric surface distance: the mean over the voxels of both surfaces.
 
-        Others take the mean of each surface first and then that of the two.
+        Others, SimpleITK's filter of contours among them, take the mean of each surface first and then that of the two:
+        the same where both surfaces have as many voxels, 1.06 for 1.08 where a block of 6 voxels grew to 8. DeepMind's
+        surface-distance has two means, weighed by area: 1 and 1.07.
 
         Returns:
             Distance in mm; NaN if a mask is empty.

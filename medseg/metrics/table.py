@@ -26,6 +26,9 @@ from medseg.metrics.statistics import bootstrap_ci
 PER_CASE = "per_case.csv"
 """What a table with a row per case and organ is called, in a run folder and wherever else."""
 
+EVALUATION = "evaluation.json"
+"""What the result of `medseg evaluate` is called, beside its tables."""
+
 PER_LESION = "per_lesion.csv"
 """What a table with a row per lesion is called."""
 

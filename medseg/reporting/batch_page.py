@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +16,28 @@ from medseg.data.checks import check_label_values
 from medseg.data.manifest import Case
 from medseg.data.volume_io import read_label
 from medseg.display import track
-from medseg.errors import MedsegError
+from medseg.errors import DataError, MedsegError, Problems
 from medseg.files import write_atomically
 from medseg.labels import Labels
 from medseg.model import Preprocessing
 from medseg.reporting.figures import organs_figure
-from medseg.reporting.page import asset, figure_svg, html_page, picture_html, section
-from medseg.reporting.run_page import missing_notice, why_missing
-from medseg.reporting.scene import CaseFiles, Scene, load_scene
+from medseg.reporting.page import asset, figure_svg, html_page, section
+from medseg.reporting.pictures import (
+    Missing,
+    load_scenes,
+    missing_notice,
+    numbered_labels,
+    picture_anchors,
+    pictures_section,
+)
+from medseg.reporting.scene import CaseFiles, Scene
 from medseg.reporting.tables import Column, number, sortable_table
-from medseg.reporting.viewer import Shown, inline_script, viewer_html
+from medseg.reporting.viewer import Shown, inline_script, viewer_section
+from medseg.reporting.words import significant_digits
 
 NUM_PICTURES = 6
 NUM_IN_VIEWER = 2
+MAX_TILES = 6
 OUTLIER = 3.5
 """Robust z beyond which a volume stands out (Iglewicz and Hoaglin 1993, "How to detect and handle outliers")."""
 
@@ -35,7 +45,9 @@ NORMAL_MAD = 0.6745
 """Median absolute deviation of the standard normal distribution."""
 
 MIN_CASES = 5
-"""With fewer, nothing can stand out."""
+"""With fewer, no volume can stand out."""
+
+MAX_NAMED = 5
 
 LIMITS = (
     "For research only: not a medical device, and no ground for a decision about a patient. Nobody has drawn references "
@@ -51,13 +63,13 @@ class Measured:
     Args:
         case: Its id.
         anchor: Its row's id in the page.
-        volumes_ml: Of each organ.
+        volumes: Of each organ, in the batch's unit.
         z: How far each volume stands out among the others, see `robust_z`.
     """
 
     case: str
     anchor: str
-    volumes_ml: Mapping[str, float]
+    volumes: Mapping[str, float]
     z: Mapping[str, float]
 
     @property
@@ -66,13 +78,53 @@ class Measured:
         return max((abs(z) for z in self.z.values()), default=0.0)
 
     @property
+    def not_found(self) -> list[str]:
+        return [organ for organ, volume in self.volumes.items() if not volume]
+
+    @property
     def note(self) -> str:
-        found = [
-            f"{organ}: {'not found' if not self.volumes_ml[organ] else 'unusually large' if z > 0 else 'unusually small'}"
-            for organ, z in self.z.items()
-            if abs(z) > OUTLIER
-        ]
-        return "; ".join(found)
+        """Every organ that is not there, and every one whose volume stands out."""
+        unusual = {organ: "large" if z > 0 else "small" for organ, z in self.z.items() if abs(z) > OUTLIER}
+        said = {organ: f"unusually {size}" for organ, size in unusual.items()} | dict.fromkeys(
+            self.not_found, "not found"
+        )
+        return "; ".join(f"{organ}: {said[organ]}" for organ in self.volumes if organ in said)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All segmentations of a folder.
+
+    Args:
+        name: What the page is called.
+        cases: What stands out most first.
+        failed: By case why it could not be read.
+        labels: What is drawn.
+        unit: Of the volumes: ml, or pixels of pictures.
+        digits: By organ, that its volumes are shown with.
+    """
+
+    name: str
+    cases: Sequence[Measured]
+    failed: Mapping[str, MedsegError]
+    labels: Labels
+    unit: str
+    digits: Mapping[str, int]
+
+    @property
+    def outliers(self) -> list[Measured]:
+        return [case for case in self.cases if case.outlying > OUTLIER]
+
+    @property
+    def empty(self) -> list[str]:
+        """Cases in which nothing was found."""
+        return [case.case for case in self.cases if len(case.not_found) == len(case.volumes)]
+
+    @property
+    def mostly_absent(self) -> dict[str, int]:
+        """Organs that most cases lack, and how many lack each."""
+        counts = {organ: sum(not case.volumes[organ] for case in self.cases) for organ in self.labels.organ_values}
+        return {organ: count for organ, count in counts.items() if 2 * count > len(self.cases)}
 
 
 def write_batch_page(
@@ -80,55 +132,61 @@ def write_batch_page(
     output: Path,
     *,
     name: str,
-    labels: Labels | None,
     scans: Mapping[str, Case],
+    labels: Labels | None,
     preprocessing: Preprocessing,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Make the page of a folder of segmentations.
 
     Args:
         predictions: The label maps; each stands where a scan's image does.
         output: The file to write.
         name: What the page is called.
-        labels: What the values mean; None: each is called after its number.
         scans: By case the scans that were segmented, as far as they are known.
-        preprocessing: Says how to read them.
+        labels: What the values mean; None: each is called after its number.
+        preprocessing: Says how to read the scans.
 
     Returns:
-        ``cases``, ``outliers``, ``pictures`` and ``viewer_cases``: how many of each are in it.
+        ``cases``, ``outliers``, ``pictures`` and ``viewer_cases``: how many of each are in it; ``mostly_absent``: the
+        organs that most cases lack, and how many lack each; ``failed``: what could not be read.
 
     Raises:
-        DataError: If a label map cannot be read, or holds what the labels do not declare.
+        Problems: If no label map can be read.
+        DataError: If one holds what the labels do not declare.
     """
-    counts = {case.id: _volumes_by_value(case.images[0]) for case in track(predictions, "measuring")}
-    labels = labels or _numbered_labels(counts)
-    for case in predictions:
-        check_label_values(np.array(list(counts[case.id]), dtype=np.int64), labels, str(case.images[0]))
-    volumes = {
-        case: {organ: sum(found.get(value, 0.0) for value in values) for organ, values in labels.organ_values.items()}
-        for case, found in counts.items()
+    batch = _measure(predictions, name, labels)
+    files = {
+        case.id: CaseFiles(case.id, scans[case.id].images, None, case.images[0])
+        for case in predictions
+        if case.id in scans
     }
-    cases = _ranked(volumes, labels)
-    scenes, missing = _scenes(cases, {case.id: case.images[0] for case in predictions}, scans, preprocessing, labels)
-    pictured = {case: f"picture-{n}" for n, case in enumerate(scenes)}
-    outliers = [case for case in cases if case.outlying > OUTLIER]
-    in_viewer = [scene for scene in scenes.values() if scene.image.ndim == 3][:NUM_IN_VIEWER]
+    wanted = dict.fromkeys(case.case for case in [*batch.cases[: NUM_PICTURES - 1], batch.cases[-1]])
+    scenes, missing = load_scenes(
+        wanted if scans else (), files, preprocessing, batch.labels, unknown="no scan is called like them"
+    )
+    volumes = [scene for scene in scenes.values() if scene.image.ndim == 3][:NUM_IN_VIEWER]
     parts = [
-        _opening(name, cases, outliers, labels),
-        _spread(cases, labels),
-        _viewer(in_viewer, labels),
-        _pictures(cases, scenes, pictured, missing, labels),
-        section(
-            "Every case, what stands out first",
-            _table(cases, labels, pictured),
-            explanation="A click on a heading sorts by it. The robust z says by how many typical deviations a case’s most "
-            f"unusual volume differs from the median of all; beyond {OUTLIER} it stands out.",
+        _opening(batch),
+        _spread(batch),
+        viewer_section(
+            [Shown(scene, scene.case) for scene in volumes],
+            batch.labels,
+            explanation="The most unusual ones." if len(batch.cases) >= MIN_CASES else "",
         ),
+        _pictures(batch, scenes, missing),
+        _table(batch, picture_anchors(scenes)),
         f"<footer><p>{LIMITS}</p></footer>",
         f"<script>{inline_script(asset('page.js'))}</script>",
     ]
     write_atomically(output, html_page(f"{name}: report", "\n".join(part for part in parts if part)).encode())
-    return {"cases": len(cases), "outliers": len(outliers), "pictures": len(scenes), "viewer_cases": len(in_viewer)}
+    return {
+        "cases": len(batch.cases),
+        "outliers": len(batch.outliers),
+        "mostly_absent": batch.mostly_absent,
+        "pictures": len(scenes),
+        "viewer_cases": len(volumes),
+        "failed": [{"case": c, "error_id": e.error_id, "message": str(e)} for c, e in batch.failed.items()],
+    }
 
 
 def robust_z(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -153,133 +211,164 @@ def robust_z(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return deviations / spread if spread else np.zeros_like(deviations)
 
 
-def _volumes_by_value(path: Path) -> dict[int, float]:
+def _measure(predictions: Sequence[Case], name: str, labels: Labels | None) -> Batch:
+    counts: dict[str, dict[int, float]] = {}
+    failed: dict[str, MedsegError] = {}
+    units = set()
+    for case in track(predictions, "measuring"):
+        try:
+            counts[case.id], unit = _volumes_by_value(case.images[0])
+        except MedsegError as error:
+            failed[case.id] = error
+        except OSError as error:
+            message = f"cannot be read ({error.strerror or error})"
+            failed[case.id] = DataError("E-FILE", message, where=str(case.images[0]))
+        else:
+            units.add(unit)
+    if not counts:
+        raise Problems(list(failed.values()))
+    labels = labels or numbered_labels(value for found in counts.values() for value in found)
+    for case in predictions:
+        check_label_values(np.array(list(counts.get(case.id, ())), dtype=np.int64), labels, str(case.images[0]))
+    volumes = {
+        case: {organ: sum(found.get(value, 0.0) for value in values) for organ, values in labels.organ_values.items()}
+        for case, found in counts.items()
+    }
+    digits = {
+        organ: significant_digits([found[organ] for found in volumes.values()]) if "ml" in units else 0
+        for organ in labels.organ_values
+    }
+    return Batch(name, _ranked(volumes, labels), failed, labels, " and ".join(sorted(units)), digits)
+
+
+def _volumes_by_value(path: Path) -> tuple[dict[int, float], str]:
+    """In ml, or in pixels where a picture says nothing of its size; and which of them."""
     label = read_label(path)
     values, counts = np.unique(label.array, return_counts=True)
-    voxel_ml = label.geometry.voxel_ml if label.geometry.spatial_dims == 3 else math.prod(label.geometry.spacing_mm)
-    return {int(value): float(count * voxel_ml) for value, count in zip(values, counts, strict=True)}
-
-
-def _numbered_labels(counts: Mapping[str, Mapping[int, float]]) -> Labels:
-    largest = max((value for found in counts.values() for value in found), default=0)
-    return Labels({0: "background", **{value: f"label {value}" for value in range(1, max(largest, 1) + 1)}})
+    is_volume = label.geometry.spatial_dims == 3
+    size, unit = (label.geometry.voxel_ml, "ml") if is_volume else (1.0, "pixels")
+    return {int(value): float(count * size) for value, count in zip(values, counts, strict=True)}, unit
 
 
 def _ranked(volumes: Mapping[str, Mapping[str, float]], labels: Labels) -> list[Measured]:
-    """What stands out most first."""
-    z: dict[str, npt.NDArray[np.float64]] = {}
-    for organ in labels.organ_values:
-        column = np.array([found[organ] for found in volumes.values()])
-        z[organ] = robust_z(column) if len(column) >= MIN_CASES else np.zeros(len(column))
+    """What stands out most first, and of the others what lacks most organs."""
+    z = {organ: _z_of(np.array([found[organ] for found in volumes.values()])) for organ in labels.organ_values}
     cases = [
         Measured(case, f"case-{n}", found, {organ: float(z[organ][n]) for organ in z})
         for n, (case, found) in enumerate(volumes.items())
     ]
-    return sorted(cases, key=lambda case: -case.outlying)
+    return sorted(cases, key=lambda case: (-case.outlying, -len(case.not_found)))
 
 
-def _scenes(
-    cases: Sequence[Measured],
-    predictions: Mapping[str, Path],
-    scans: Mapping[str, Case],
-    preprocessing: Preprocessing,
-    labels: Labels,
-) -> tuple[dict[str, Scene], dict[str, list[str]]]:
-    """Those that stand out most and the most usual one, as far as their scans are there."""
-    wanted = list(dict.fromkeys(case.case for case in [*cases[: NUM_PICTURES - 1], cases[-1]]))
-    scenes: dict[str, Scene] = {}
-    missing: dict[str, list[str]] = {}
-    for case in wanted if scans else ():
-        if case not in scans:
-            missing.setdefault("no scan is called like them", []).append(case)
-            continue
-        try:
-            scenes[case] = load_scene(
-                CaseFiles(case, scans[case].images, None, predictions[case]), preprocessing, labels
-            )
-        except (MedsegError, OSError) as error:
-            missing.setdefault(why_missing(error), []).append(case)
-    return scenes, missing
+def _z_of(volumes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Robust z of an organ's volumes; where most cases lack it, its absence is the rule, and only the others compare."""
+    compared = volumes > 0 if 2 * np.count_nonzero(volumes) < len(volumes) else np.ones(len(volumes), bool)
+    z = np.zeros(len(volumes))
+    if np.count_nonzero(compared) >= MIN_CASES:
+        z[compared] = robust_z(volumes[compared])
+    return z
 
 
-def _opening(name: str, cases: Sequence[Measured], outliers: Sequence[Measured], labels: Labels) -> str:
-    if len(cases) < MIN_CASES:
-        verdict = f"That is too few to say which volumes are unusual; it takes {MIN_CASES}."
-    elif outliers:
-        number_of = f"{len(outliers)} of them have" if len(outliers) > 1 else "One of them has"
-        verdict = f"<b>{number_of} a volume that stands out</b> and should be looked at first."
-    else:
-        verdict = "No volume stands out among the others."
+def _opening(batch: Batch) -> str:
     tiles = []
-    for organ in list(labels.organ_values)[:6]:
-        found = np.array([case.volumes_ml[organ] for case in cases])
-        low, high = np.percentile(found, [25, 75])
-        absent = f"<br>not found in {int((found == 0).sum())}" if (found == 0).any() else ""
+    for organ in list(batch.labels.organ_values)[:MAX_TILES]:
+        found = np.array([case.volumes[organ] for case in batch.cases])
+        middle, low, high = (number(ml, batch.digits[organ]) for ml in np.percentile(found, [50, 25, 75]))
+        absent = f"<br>not found in {int((found == 0).sum())} of {len(found)}" if (found == 0).any() else ""
         tiles.append(
-            f'<div class="tile"><dt>{escape(organ)}</dt><dd><div class="number">{_volume(float(np.median(found)))}</div>'
-            f'<div class="detail">ml, median; middle half {_volume(low)} to {_volume(high)}{absent}</div></dd></div>'
+            f'<div class="tile"><dt>{escape(organ)}</dt><dd><div class="number">{middle}</div>'
+            f'<div class="detail">{batch.unit}, median; middle half {low} to {high}{absent}</div></dd></div>'
         )
+    scans = "1 scan was" if len(batch.cases) == 1 else f"{len(batch.cases)} scans were"
     return (
         '<header><p class="eyebrow">medseg report · segmentations without references · for research only</p>'
-        f'<h1>{escape(name)}</h1><p class="lede">{len(cases)} scans were segmented. {verdict}</p>'
+        f'<h1>{escape(batch.name)}</h1><p class="lede">{scans} segmented. {_verdict(batch)}</p>{_findings(batch)}'
         f'<dl class="tiles">{"".join(tiles)}</dl></header>'
     )
 
 
-def _spread(cases: Sequence[Measured], labels: Labels) -> str:
-    values = {organ: [(case.anchor, case.volumes_ml[organ]) for case in cases] for organ in labels.organ_values}
-    svg = figure_svg(
-        organs_figure(values, across="volume (ml)", limits=None), "Volume of each organ, a dot for each case"
-    )
+def _verdict(batch: Batch) -> str:
+    if len(batch.cases) < MIN_CASES:
+        return f"That is too few to say which volumes are unusual; it takes {MIN_CASES}."
+    if count := len(batch.outliers):
+        number_of = f"{count} of them have" if count > 1 else "One of them has"
+        return f"<b>{number_of} a volume that stands out</b> and should be looked at first."
+    return "No volume stands out among the others."
+
+
+def _findings(batch: Batch) -> str:
+    """What is wrong with the batch as a whole, and what is not in it."""
+    total = len(batch.cases)
+    told = []
+    for organ, count in batch.mostly_absent.items():
+        where = "in none of the scans" if count == total else f"in only {total - count} of {total} scans"
+        told.append(f"<b>{escape(organ)} was found {where}.</b>")
+    if batch.mostly_absent:
+        told.append("Do the scans show it, was the network trained for it, and are these the right labels?")
+    if batch.empty:
+        told.append(f"<b>Nothing at all was found in {len(batch.empty)} of {total}:</b> {_names(batch.empty)}.")
+    notices = [" ".join(told)] if told else []
+    if batch.failed:
+        files = "1 file is" if len(batch.failed) == 1 else f"{len(batch.failed)} files are"
+        reasons = "; ".join(f"{escape(c)}: {e.error_id} {escape(e.message)}" for c, e in batch.failed.items())
+        notices.append(f"<b>{files} not readable</b> and not in these numbers. {reasons}")
+    return "".join(f'<p class="notice">{notice}</p>' for notice in notices)
+
+
+def _names(cases: Sequence[str]) -> str:
+    more = f" and {len(cases) - MAX_NAMED} more" if len(cases) > MAX_NAMED else ""
+    return escape(", ".join(cases[:MAX_NAMED])) + more
+
+
+def _spread(batch: Batch) -> str:
+    values = {
+        organ: [(case.anchor, case.volumes[organ]) for case in batch.cases] for organ in batch.labels.organ_values
+    }
+    figure = organs_figure(values, across=f"volume ({batch.unit})", limits=None)
     return section(
         "Volumes, organ by organ",
-        f'<figure class="figure">{svg}</figure>',
+        f'<figure class="figure">{figure_svg(figure, "Volume of each organ, a dot for each case")}</figure>',
         explanation="Each dot is a case, and leads to its row in the table. The box holds the middle half of the cases, the "
         "line in it is the median.",
     )
 
 
-def _viewer(scenes: Sequence[Scene], labels: Labels) -> str:
-    if not scenes:
-        return ""
-    return section(
-        "Look at the scans",
-        viewer_html([Shown(scene, scene.case) for scene in scenes], labels),
-        explanation="What stands out most. As radiologists look: the patient’s right is at the left of the picture. A click "
-        "moves the cross, the wheel goes through the slices. The scans are cropped around the organs and simplified, for "
-        "this page only.",
-    )
-
-
-def _pictures(
-    cases: Sequence[Measured],
-    scenes: Mapping[str, Scene],
-    pictured: Mapping[str, str],
-    missing: Mapping[str, Sequence[str]],
-    labels: Labels,
-) -> str:
+def _pictures(batch: Batch, scenes: Mapping[str, Scene], missing: Missing) -> str:
     notice = missing_notice(missing)
     if not scenes and not notice:
         notice = (
             '<p class="notice">The scans are not known here, so there are no pictures. Name them to have some: '
             "<code>medseg report FOLDER --scans SCANS</code>.</p>"
         )
-    figures = []
-    for case in (case for case in cases if case.case in scenes):
-        picture = picture_html(scenes[case.case].picture(labels), f"Contours of {case.case} in the scan")
-        told = escape(case.note) or "nothing unusual"
-        caption = f"<strong>{escape(case.case)}</strong> · robust z {number(case.outlying, 1)} · {told}"
-        figures.append(f'<figure id="{pictured[case.case]}">{picture}<figcaption>{caption}</figcaption></figure>')
-    return section("What stands out, in pictures", f'<div class="pictures">{"".join(figures)}</div>{notice}')
+    ranks = "robust z {} · " if len(batch.cases) >= MIN_CASES else ""
+    captions = {
+        case.case: f'<a href="#{case.anchor}">its row</a> · {ranks.format(number(case.outlying, 1))}'
+        f"{escape(case.note) or 'nothing unusual'}"
+        for case in batch.cases
+    }
+    return pictures_section(
+        "The most unusual cases in pictures" if ranks else "Cases in pictures",
+        scenes,
+        batch.labels,
+        captions,
+        notice=notice,
+        explanation="Colored lines: what the network drew." + " The last one is the most usual of all." * bool(ranks),
+    )
 
 
-def _table(cases: Sequence[Measured], labels: Labels, pictured: Mapping[str, str]) -> str:
-    columns = [Column("robust z", [case.outlying for case in cases], digits=1)]
-    for organ in labels.organ_values:
-        columns.append(Column(f"{organ} (ml)", [case.volumes_ml[organ] for case in cases], digits=1))
-    columns.append(Column("what stands out", [case.note for case in cases]))
-    return sortable_table([(case.case, case.anchor) for case in cases], columns, pictured)
-
-
-def _volume(ml: float) -> str:
-    return f"{ml:.0f}" if ml >= 100 else f"{ml:.1f}"
+def _table(batch: Batch, pictured: Mapping[str, str]) -> str:
+    cases = batch.cases
+    columns = []
+    explanation = "A click on a heading sorts by it."
+    if len(cases) >= MIN_CASES:
+        columns.append(Column("robust z", [case.outlying for case in cases], digits=1))
+        explanation += (
+            " The robust z says by how many typical deviations a case’s most unusual volume differs from the median of "
+            f"all; beyond {OUTLIER} it stands out."
+        )
+    for organ in batch.labels.organ_values:
+        columns.append(Column(f"{organ} ({batch.unit})", [case.volumes[organ] for case in cases], batch.digits[organ]))
+    if any(case.note for case in cases):
+        columns.append(Column("what stands out", [case.note for case in cases]))
+    table = sortable_table([(case.case, case.anchor) for case in cases], columns, pictured)
+    return section("Every case, what stands out first", table, explanation=explanation)

@@ -20,21 +20,13 @@ from medseg.reporting.comparison_table import (
     with_interval,
 )
 from medseg.reporting.page import figure_svg, html_page
+from medseg.reporting.words import plain_words
 
 Result = Mapping[str, Any]
 Differences = Sequence[Mapping[str, Mapping[str, float]]]
 """Of each comparison, by organ and case."""
 
 MAX_CASES = 5
-
-PLAIN = {
-    "dice": "Dice tells how far two outlines overlap: 1 if they are the same, 0 if they have no voxel in common.",
-    "iou": "IoU is the share of all outlined voxels that both outlines hold: 1 if they are the same, 0 if none is.",
-    "hd": "HD is the largest distance, in mm, between the two surfaces: 0 if they are the same.",
-    "hd95": "HD95 is the distance, in mm, that 95 % of the surface stays within: 0 if the surfaces are the same.",
-    "assd": "ASSD is the average distance, in mm, between the two surfaces: 0 if they are the same.",
-    "nsd": "Surface Dice is the share of the surface that lies within a tolerance: 1 if all of it does.",
-}
 
 
 def comparison_page(result: Result, differences: Differences) -> str:
@@ -49,7 +41,7 @@ def comparison_page(result: Result, differences: Differences) -> str:
     figure = figure_svg(comparison_figure(result, differences))
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(PLAIN.get(result['metric'], ''))} {_direction(result)}</p>",
+        f"<p>{escape(plain_words(result['metric']))} {_direction(result)}</p>",
         _list(finding for comparison in result["comparisons"] for finding in _findings(comparison, result)),
         f"<figure>{figure}<figcaption>{escape(_CAPTION)}</figcaption></figure>",
         *(_organ_table(comparison, result) for comparison in result["comparisons"]),
@@ -71,7 +63,7 @@ def ranking_page(result: Result) -> str:
     intro = f"Mean over {', '.join(result['organs'])} of {result['n_cases']} cases that all these runs were scored on."
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(PLAIN.get(result['metric'], ''))} {_direction(result)} {escape(intro)}</p>",
+        f"<p>{escape(plain_words(result['metric']))} {_direction(result)} {escape(intro)}</p>",
         f"<figure>{figure_svg(ranking_figure(result))}</figure>",
         _table(RANKED, ranked_rows(result)),
         _left_out(result),

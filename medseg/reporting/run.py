@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medseg.data.manifest import Manifest
+from medseg.data.manifest import Case, Manifest, read_json
 from medseg.errors import DataError, MedsegError
 from medseg.labels import Labels
-from medseg.metrics.table import PER_CASE, Score, read_table
-from medseg.model import ModelSpec, load_spec
+from medseg.metrics.table import EVALUATION, PER_CASE, Score, read_table
+from medseg.model import ModelSpec, Preprocessing, load_spec
 from medseg.reporting.figures import Points
 from medseg.reporting.scene import CaseFiles
 
 PREDICTIONS = "predictions"
 """Folder of a run folder that holds what its best network found in each held-out scan."""
+
+NO_FILES = "it is not known where their files are"
+MAPPED = "the numbers in their files are others than those of the references (--map)"
+NO_SCANS = "it is not known which scans belong to them; name these with --scans"
 
 Result = Mapping[str, Any]
 
@@ -32,14 +36,12 @@ class Training:
         losses: (iteration, training loss).
         dice: By organ (iteration, mean Dice of the cases looked at during training).
         spec: Its model; None: there is none here.
-        cases: Where the files of each held-out case are, by its id; empty where the manifest is gone.
     """
 
     folder: Path
     losses: Points
     dice: Mapping[str, Points]
     spec: ModelSpec | None
-    cases: Mapping[str, CaseFiles]
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,21 @@ class Run:
         folder: Where it is.
         scores: Rows of its table.
         trainings: One a fold; empty: only a table was left.
-        result: What `medseg train` said at its end, as far as that is known.
+        result: What `medseg train` or `medseg evaluate` said at its end, as far as that is known.
+        cases: Where the files of each case are, by its id; those that are not known are not in it.
+        labels: What is drawn; None: nothing says it.
+        preprocessing: Says how to read the scans.
+        unknown: Why a case has no files.
     """
 
     folder: Path
     scores: tuple[Score, ...]
     trainings: tuple[Training, ...]
     result: Result
-
-    @property
-    def labels(self) -> Labels | None:
-        return next((training.spec.labels for training in self.trainings if training.spec), None)
+    cases: Mapping[str, CaseFiles]
+    labels: Labels | None
+    preprocessing: Preprocessing
+    unknown: str = NO_FILES
 
     @property
     def name(self) -> str:
@@ -71,16 +77,44 @@ class Run:
         return self.folder.resolve().name
 
 
-def read_run(folder: Path, result: Result) -> Run:
+def read_run(
+    folder: Path,
+    result: Result,
+    *,
+    scans: Mapping[str, Case] | None = None,
+    labels: Labels | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Run:
     """Read a run folder.
 
     Args:
         folder: Of one fold, or with those of all folds; a folder that holds a table and nothing else will do.
         result: What `medseg train` said at its end; empty: that is not known.
+        scans: Of an evaluation: by case the scans, where it does not know them itself.
+        labels: Of an evaluation: what the values mean; None: what it says itself, or else nothing.
+        preprocessing: Of an evaluation: says how to read the scans.
 
     Raises:
         DataError: If there is no table, or it cannot be read.
     """
+    scores = _scores(folder)
+    folders = [path for path in sorted(folder.glob("fold_*")) if (path / "model").is_dir()]
+    if not folders and (folder / "model").is_dir():
+        folders = [folder]
+    if not folders and (folder / EVALUATION).exists():
+        found = read_json(folder / EVALUATION)
+        cases = {} if found.get("map") else _evaluated(found, scans or {})
+        unknown = MAPPED if found.get("map") else NO_SCANS if found.get("files") else NO_FILES
+        described = labels or (Labels.from_dict(found["labels"]) if found.get("labels") else None)
+        return Run(folder, scores, (), found, cases, described, preprocessing or Preprocessing(), unknown)
+    trainings = tuple(_training(path) for path in folders)
+    cases = {case: files for training in trainings for case, files in _held_out(training).items()}
+    spec = next((training.spec for training in trainings if training.spec), None)
+    described = spec.labels if spec else None
+    return Run(folder, scores, trainings, result, cases, described, spec.preprocessing if spec else Preprocessing())
+
+
+def _scores(folder: Path) -> tuple[Score, ...]:
     table = folder / PER_CASE
     if not table.exists():
         message = f"holds no {PER_CASE}; finish its training (medseg train … --resume), or name another run"
@@ -92,10 +126,7 @@ def read_run(folder: Path, result: Result) -> Run:
         raise DataError("E-REPORT-TABLE", message, where=str(table)) from None
     if not scores:
         raise DataError("E-REPORT-TABLE", "has no rows; make it again", where=str(table))
-    folders = [path for path in sorted(folder.glob("fold_*")) if (path / "model").is_dir()]
-    if not folders and (folder / "model").is_dir():
-        folders = [folder]
-    return Run(folder, tuple(scores), tuple(_training(path) for path in folders), result)
+    return tuple(scores)
 
 
 def _training(folder: Path) -> Training:
@@ -103,8 +134,7 @@ def _training(folder: Path) -> Training:
         spec = load_spec(folder / "model")
     except MedsegError:
         spec = None
-    cases = _cases(folder, spec.provenance.get("fold")) if spec else {}
-    return Training(folder, _losses(folder / "log.jsonl"), _dice(folder / "validation.csv"), spec, cases)
+    return Training(folder, _losses(folder / "log.jsonl"), _dice(folder / "validation.csv"), spec)
 
 
 def _losses(log: Path) -> Points:
@@ -132,8 +162,9 @@ def _dice(table: Path) -> dict[str, Points]:
     }
 
 
-def _cases(folder: Path, fold: int | None) -> dict[str, CaseFiles]:
-    """The held-out ones: the others were not scored here."""
+def _held_out(training: Training) -> dict[str, CaseFiles]:
+    """The cases of its fold: the others were not scored here. None where the manifest or the model is gone."""
+    folder, spec = training.folder, training.spec
     try:
         manifest = Manifest.load(folder / "manifest.json")
     except MedsegError:
@@ -141,5 +172,16 @@ def _cases(folder: Path, fold: int | None) -> dict[str, CaseFiles]:
     return {
         case.id: CaseFiles(case.id, case.images, case.label, folder / PREDICTIONS / f"{case.id}.nii.gz")
         for case in manifest.training
-        if case.fold == fold
+        if spec and case.fold == spec.provenance.get("fold")
     }
+
+
+def _evaluated(found: Result, scans: Mapping[str, Case]) -> dict[str, CaseFiles]:
+    """The cases of an evaluation whose segmentation and scan are known."""
+    cases = {}
+    for case, files in (found.get("files") or {}).items():
+        known = (Path(files["image"]),) if files.get("image") else ()
+        images = scans[case].images if case in scans else known
+        if images and files.get("prediction"):
+            cases[case] = CaseFiles(case, images, Path(files["reference"]), Path(files["prediction"]))
+    return cases

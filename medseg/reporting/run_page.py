@@ -7,37 +7,38 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from medseg.errors import MedsegError
+from medseg.data.manifest import Case
 from medseg.files import write_atomically
+from medseg.geometry import Volume
 from medseg.labels import Labels
-from medseg.metrics.table import MetricSummary, summarize
+from medseg.metrics import METRICS
+from medseg.metrics.paired import is_distance, sign_of
+from medseg.metrics.table import MetricSummary, score_case, summarize
+from medseg.model import Preprocessing
 from medseg.reporting.figures import curves_figure, organs_figure
-from medseg.reporting.page import asset, definitions, figure_svg, html_page, picture_html, section
+from medseg.reporting.page import asset, definitions, figure_svg, html_page, section
+from medseg.reporting.pictures import (
+    Missing,
+    labels_of,
+    load_scenes,
+    missing_notice,
+    picture_anchors,
+    pictures_section,
+)
 from medseg.reporting.run import Result, Run, read_run
-from medseg.reporting.scene import Scene, load_scene
-from medseg.reporting.tables import Row, cases_table, mean_of, number, rank_cases, title_of
-from medseg.reporting.viewer import Shown, inline_script, viewer_html
+from medseg.reporting.scene import Scene
+from medseg.reporting.tables import Row, cases_table, mean_of, number, rank_cases, values_of
+from medseg.reporting.viewer import Shown, inline_script, viewer_section
+from medseg.reporting.words import digits_for, is_score, plain_words, short_name
 
 REPORT = "report.html"
 """What the page is called in a run folder."""
 
 NUM_WORST = 5
 MAX_TILES = 6
-TOLD = ("E-MISSING-FILE", "E-SHOWS-TEXT", "E-PAIR-SHAPE")
-"""Errors whose messages name no file."""
-
-Missing = Mapping[str, Sequence[str]]
-"""Why cases are not shown, and which."""
-
-
-MEANINGS = {
-    "dice": "<b>Dice</b> says how much two outlines overlap: 1 is the same outline, 0 no overlap at all. It is harsh "
-    "on small structures, where a rim one voxel wide is much of the whole.",
-    "iou": "<b>IoU</b> says the same more strictly: the share of the common area in the area of both.",
-    "hd95": "<b>HD95</b> is a distance in millimetres: 95 % of each outline lie at most that far from the other. "
-    "Small is good.",
-    "assd": "<b>ASSD</b> is the average distance between the two outlines in millimetres. Small is good.",
-}
+MAX_FIGURES = 4
+SAME_DICE = 0.001
+"""Differences below this are rounding."""
 
 LIMITS = (
     "For research only: not a medical device, and no ground for a decision about a patient. The numbers hold for scans "
@@ -46,13 +47,24 @@ LIMITS = (
 )
 
 
-def write_run_page(folder: Path, output: Path, result: Result) -> dict[str, int]:
+def write_run_page(
+    folder: Path,
+    output: Path,
+    result: Result,
+    *,
+    scans: Mapping[str, Case] | None = None,
+    labels: Labels | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> dict[str, int]:
     """Make the page of a run folder.
 
     Args:
-        folder: See `medseg.reporting.run.read_run`.
+        folder: See `medseg.reporting.run.read_run`, as for all but the output.
         output: The file to write.
         result: What `medseg train` said at its end; empty: that is not known.
+        scans: Of an evaluation: by case the scans, where it does not know them itself.
+        labels: Of an evaluation: what the values mean.
+        preprocessing: Of an evaluation: says how to read the scans.
 
     Returns:
         ``cases``, ``pictures`` and ``viewer_cases``: how many of each are in it.
@@ -60,23 +72,23 @@ def write_run_page(folder: Path, output: Path, result: Result) -> dict[str, int]
     Raises:
         DataError: If the folder holds no table.
     """
-    run = read_run(folder, result)
+    run = read_run(folder, result, scans=scans, labels=labels, preprocessing=preprocessing)
     metrics = metrics_of(run)
     rows = rank_cases(run.scores, metrics[0])
     scenes, missing = _scenes(run, rows)
-    pictured = {case: f"picture-{n}" for n, case in enumerate(scenes)}
-    volumes = {case: scene for case, scene in scenes.items() if scene.image.ndim == 3}
+    labels = run.labels or labels_of(scenes.values())
+    shown = _shown(rows, scenes, metrics[0])
     parts = [
         _opening(run, rows, metrics[0]),
         _reading(metrics),
-        _spread(run, rows, metrics),
+        _spread(rows, metrics),
         _progress(run),
-        _viewer(run.labels, rows, volumes, metrics[0]),
-        _pictures(run, rows, scenes, pictured, metrics[0], missing),
+        viewer_section(shown, labels),
+        _pictures(run, rows, scenes, missing, labels, metrics[0]),
         section(
             "Every case, worst first",
-            cases_table(rows, metrics, pictured),
-            explanation="A click on a heading sorts by it; a linked case is pictured above.",
+            cases_table(rows, metrics, picture_anchors(scenes)),
+            explanation="A click on a heading sorts by it." + " A linked case is pictured above." * bool(scenes),
         ),
         _provenance(run),
         f"<footer><p>{LIMITS}</p></footer>",
@@ -84,28 +96,17 @@ def write_run_page(folder: Path, output: Path, result: Result) -> dict[str, int]
     ]
     page = html_page(f"{run.name}: report", "\n".join(part for part in parts if part))
     write_atomically(output, page.encode())
-    return {"cases": len(rows), "pictures": len(scenes), "viewer_cases": len(_chosen(rows, volumes))}
-
-
-def why_missing(error: MedsegError | OSError) -> str:
-    """In words that name no file, as a file's name may be a patient's."""
-    if isinstance(error, MedsegError):
-        return error.message if error.error_id in TOLD else f"a file cannot be used ({error.error_id})"
-    return f"a file cannot be read ({error.strerror})"
-
-
-def missing_notice(missing: Missing) -> str:
-    """What is not shown, and why."""
-    if not missing:
-        return ""
-    reasons = "; ".join(f"{escape(reason)} ({escape(', '.join(cases))})" for reason, cases in missing.items())
-    return f'<p class="notice">Not shown here, and left out of the viewer: {reasons}. The numbers are not touched by this.</p>'
+    return {"cases": len(rows), "pictures": len(scenes), "viewer_cases": len(shown)}
 
 
 def metrics_of(run: Run) -> list[str]:
-    """The metrics of a run's table, the one that ranks its cases first."""
+    """The metrics of a run's table, the one that ranks its cases first: Dice, or else one that has better and worse."""
     names = list(dict.fromkeys(metric for score in run.scores for metric in score.values))
-    return sorted(names, key=lambda name: name != "dice")
+    return sorted(names, key=lambda name: (name != "dice", not _is_ranked(name)))
+
+
+def _is_ranked(metric: str) -> bool:
+    return metric not in METRICS or METRICS[metric].is_ranked
 
 
 def _opening(run: Run, rows: Sequence[Row], metric: str) -> str:
@@ -113,29 +114,50 @@ def _opening(run: Run, rows: Sequence[Row], metric: str) -> str:
     missed = sum(score.is_missed for score in run.scores)
     spurious = sum(score.is_spurious for score in run.scores)
     means = {organ: found["mean"] for organ, found in summary.items() if not math.isnan(found["mean"])}
-    what = "segmentations were held to what an expert drew"
+    digits = digits_for(metric, list(means.values()))
     if run.trainings:
-        folds = f", in {len(run.trainings)} folds, each scored by the network that had not seen it" * (
-            len(run.trainings) > 1
-        )
-        what = f"scans that the network had not seen in training were segmented and held to what an expert drew{folds}"
+        folds = f", in {len(run.trainings)} folds, each scored by the network that had not seen it"
+        what = f"that the network had not seen in training {_were(rows)} segmented and held to what an expert drew"
+        what = f"scan{_s(rows)} {what}{folds * (len(run.trainings) > 1)}"
+    else:
+        what = f"segmentation{_s(rows)} {_were(rows)} held to what an expert drew"
     lede = f"{len(rows)} {what}."
     if means:
-        overall = mean_of(list(means.values()))
-        lede += f" The mean {title_of(metric)} is <b>{number(overall)}</b>"
-        lede += f", from {_extremes(means)}." if len(means) > 1 else "."
+        lede += f" The mean {escape(short_name(metric))} is <b>{number(mean_of(list(means.values())), digits)}</b>"
+        lede += f", from {_extremes(means, digits)}." if len(means) > 1 else "."
+    else:
+        lede += f" None of them has a value of {escape(short_name(metric))}; the table’s notes say why."
     lede += f" {_found(missed, spurious)}"
-    tiles = "".join(_tile(organ, found, metric) for organ, found in _tiled(summary))
-    eyebrow = "medseg report · for research only"
+    tiles = "".join(_tile(organ, found, metric, digits) for organ, found in _tiled(summary, metric))
     return (
-        f'<header><p class="eyebrow">{eyebrow}</p><h1>{escape(run.name)}</h1><p class="lede">{lede}</p>'
-        f'<dl class="tiles">{tiles}</dl></header>'
+        f'<header><p class="eyebrow">medseg report · for research only</p><h1>{escape(run.name)}</h1>'
+        f'<p class="lede">{lede}</p>{_not_scored(run)}<dl class="tiles">{tiles}</dl></header>'
     )
 
 
-def _extremes(means: Mapping[str, float]) -> str:
+def _s(rows: Sequence[Row]) -> str:
+    return "s" * (len(rows) != 1)
+
+
+def _were(rows: Sequence[Row]) -> str:
+    return "was" if len(rows) == 1 else "were"
+
+
+def _not_scored(run: Run) -> str:
+    """What an evaluation left out, of which its numbers say nothing."""
+    failed = [f"{entry['case']} ({entry['error_id']})" for entry in run.result.get("failed") or ()]
+    alone = list((run.result.get("unmatched") or {}).get("references") or ())
+    told = [
+        f"{len(cases)} {what}: {escape(', '.join(cases))}."
+        for what, cases in (("could not be scored", failed), ("had a reference and no segmentation", alone))
+        if cases
+    ]
+    return f'<p class="notice">Not in these numbers: {" ".join(told)}</p>' if told else ""
+
+
+def _extremes(means: Mapping[str, float], digits: int) -> str:
     low, high = min(means, key=lambda o: means[o]), max(means, key=lambda o: means[o])
-    return f"{number(means[low])} ({escape(low)}) to {number(means[high])} ({escape(high)})"
+    return f"{number(means[low], digits)} ({escape(low)}) to {number(means[high], digits)} ({escape(high)})"
 
 
 def _found(missed: int, spurious: int) -> str:
@@ -144,55 +166,64 @@ def _found(missed: int, spurious: int) -> str:
         return "No organ was missed, and none was drawn where there is none."
     parts = [f"missed an organ altogether {_times(missed)}"] if missed else []
     parts += [f"drew {'one' if missed else 'an organ'} that is not there {_times(spurious)}"] if spurious else []
-    return f"The network {' and '.join(parts)}; the table says where."
+    return f"The network <b>{' and '.join(parts)}</b>; the table says where."
 
 
 def _times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
-def _tiled(summary: Mapping[str, MetricSummary]) -> list[tuple[str, MetricSummary]]:
+def _tiled(summary: Mapping[str, MetricSummary], metric: str) -> list[tuple[str, MetricSummary]]:
     """All organs, or the worst of them if they are many."""
     known = [(organ, found) for organ, found in summary.items() if not math.isnan(found["mean"])]
     if len(known) <= MAX_TILES:
         return known
-    return sorted(known, key=lambda entry: entry[1]["mean"])[:MAX_TILES]
+    return sorted(known, key=lambda entry: sign_of(metric) * entry[1]["mean"])[:MAX_TILES]
 
 
-def _tile(organ: str, found: MetricSummary, metric: str) -> str:
+def _tile(organ: str, found: MetricSummary, metric: str, digits: int) -> str:
     low, high = found["ci95"]
-    interval = f"95 % interval {number(low)} to {number(high)}<br>" if found["n"] > 1 else ""
+    interval = f"95 % interval {number(low, digits)} to {number(high, digits)}<br>" if found["n"] > 1 else ""
     cases = f"{found['n']} case{'s' * (found['n'] != 1)}"
+    missed = f", missed in {found['n_missed']}" if found["n_missed"] else ""
     return (
-        f'<div class="tile"><dt>{escape(organ)}</dt><dd><div class="number">{number(found["mean"])}</div>'
-        f'<div class="detail">mean {escape(title_of(metric))}, median {number(found["median"])}<br>{interval}{cases}</div></dd></div>'
+        f'<div class="tile"><dt>{escape(organ)}</dt><dd><div class="number">{number(found["mean"], digits)}</div>'
+        f'<div class="detail">mean {escape(short_name(metric))}, median {number(found["median"], digits)}<br>'
+        f"{interval}{cases}{missed}</div></dd></div>"
     )
 
 
 def _reading(metrics: Sequence[str]) -> str:
-    known = [MEANINGS[metric] for metric in metrics if metric in MEANINGS]
-    known.append("An <b>interval</b> says where the mean would lie if other patients of the same kind had been chosen.")
-    return section("How to read the numbers", f'<p class="explanation">{" ".join(known)}</p>')
+    told = {short_name(metric): plain_words(metric) for metric in metrics}
+    told["interval"] = "Where the mean would lie if other patients of the same kind had been chosen."
+    return section("How to read the numbers", definitions(told))
 
 
-def _spread(run: Run, rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    organs = list(dict.fromkeys(score.organ for score in run.scores))
-    shown = [metric for metric in metrics if metric in MEANINGS and metric != "iou"] or list(metrics[:1])
-    figures = []
+def _spread(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    shown = [metric for metric in metrics if _is_ranked(metric) and metric != "iou"][:MAX_FIGURES] or metrics[:1]
+    organs = list(dict.fromkeys(organ for row in rows for organ in row.organs))
+    figures, is_left_out = [], False
     for metric in shown:
-        values = {
-            organ: [(row.anchor, row.organs[organ].values.get(metric, math.nan)) for row in rows if organ in row.organs]
-            for organ in organs
+        values = {organ: values_of(rows, organ, metric) for organ in organs}
+        if not any(map(math.isfinite, (value for found in values.values() for value in found))):
+            continue
+        is_left_out |= is_distance(metric) and any(score.is_missed for row in rows for score in row.organs.values())
+        dots = {
+            organ: [(row.anchor, value) for row, value in zip(rows, values[organ], strict=True)] for organ in organs
         }
-        limits = (-0.02, 1.02) if metric in ("dice", "iou") else None
-        figure = organs_figure(values, across=title_of(metric), limits=limits)
-        figures.append(_figure(figure_svg(figure, f"{title_of(metric)} of each organ: a box, and a dot for each case")))
-    return section(
-        "Organ by organ",
-        "\n".join(figures),
-        explanation="Each dot is a case, and leads to its row in the table. The box holds the middle half of the cases, the "
-        "line in it is the median.",
+        limits = (-0.02, 1.02) if is_score(metric) else None
+        figure = organs_figure(dots, across=short_name(metric), limits=limits)
+        figures.append(
+            _figure(figure_svg(figure, f"{short_name(metric)} of each organ: a box, and a dot for each case"))
+        )
+    if not figures:
+        return ""
+    explanation = (
+        "Each dot is a case, and leads to its row in the table. The box holds the middle half of the cases, the line in "
+        "it is the median."
     )
+    explanation += " A missed organ has no distance: it is not among the dots of a distance." * is_left_out
+    return section("Organ by organ", "\n".join(figures), explanation=explanation)
 
 
 def _progress(run: Run) -> str:
@@ -216,78 +247,68 @@ def _progress(run: Run) -> str:
     return section("How training went", f'<div class="pair">{"".join(figures)}</div>', explanation=explanation)
 
 
-def _chosen(rows: Sequence[Row], volumes: Mapping[str, Scene]) -> list[tuple[str, Row]]:
-    """The worst, the median and the best case, each once."""
+def _named(rows: Sequence[Row]) -> dict[str, Row]:
+    """The worst, the median and the best case that has a value."""
     known = [row for row in rows if not math.isnan(row.rank)] or list(rows)
-    named = {"worst": known[0], "median": known[len(known) // 2], "best": known[-1]}
-    chosen: dict[str, tuple[str, Row]] = {}
-    for name, row in named.items():
-        if row.case in volumes:
-            chosen.setdefault(row.case, (name, row))
-    return list(chosen.values())
+    return {"worst": known[0], "median": known[len(known) // 2], "best": known[-1]}
+
+
+def _shown(rows: Sequence[Row], scenes: Mapping[str, Scene], metric: str) -> list[Shown]:
+    """The worst, the median and the best case in the viewer, each once."""
+    digits = digits_for(metric, [row.rank for row in rows])
+    named: dict[str, Shown] = {}
+    for name, row in _named(rows).items():
+        if row.case in scenes and scenes[row.case].image.ndim == 3:
+            detail = f"{short_name(metric)} {number(row.rank, digits)}"
+            named.setdefault(row.case, Shown(scenes[row.case], f"{name}: {row.case}", detail))
+    return list(named.values())
 
 
 def _scenes(run: Run, rows: Sequence[Row]) -> tuple[dict[str, Scene], Missing]:
     """The cases that are shown, in the order of their rank, and those that cannot be."""
-    known = [row for row in rows if not math.isnan(row.rank)] or list(rows)
-    wanted = [*known[:NUM_WORST], known[len(known) // 2], known[-1]]
-    scenes: dict[str, Scene] = {}
-    missing: dict[str, list[str]] = {}
-    for case in dict.fromkeys(row.case for row in wanted):
-        training = next((training for training in run.trainings if case in training.cases), None)
-        if training is None or training.spec is None:
-            missing.setdefault("it is not known where their files are", []).append(case)
-            continue
-        try:
-            scenes[case] = load_scene(training.cases[case], training.spec.preprocessing, training.spec.labels)
-        except (MedsegError, OSError) as error:
-            missing.setdefault(why_missing(error), []).append(case)
+    known = [row for row in rows if not math.isnan(row.rank)]
+    wanted = {row.case: row for row in [*known[:NUM_WORST], *_named(rows).values()]}
+    scenes, missing = load_scenes(wanted, run.cases, run.preprocessing, run.labels, unknown=run.unknown)
+    if run.labels:
+        for case in [case for case, scene in scenes.items() if not _is_as_scored(scene, wanted[case], run.labels)]:
+            del scenes[case]
+            missing.setdefault("what is drawn there is not what was scored", []).append(case)
     return scenes, missing
 
 
-def _viewer(labels: Labels | None, rows: Sequence[Row], volumes: Mapping[str, Scene], metric: str) -> str:
-    chosen = _chosen(rows, volumes)
-    if not chosen or labels is None:
-        return ""
-    shown = [
-        Shown(volumes[row.case], f"{name}: {row.case}", f"{title_of(metric)} {number(row.rank)}")
-        for name, row in chosen
-    ]
-    return section(
-        "Look at the scans",
-        viewer_html(shown, labels),
-        explanation="As radiologists look: the patient’s right is at the left of the picture. A click moves the cross, "
-        "the wheel goes through the slices, dragging with the right button sets the window. The scans are cropped around "
-        "the organs and simplified, for this page only.",
+def _is_as_scored(scene: Scene, row: Row, labels: Labels) -> bool:
+    """Whether the files still hold what the table tells of: they may be others by now, or have other label values."""
+    if scene.reference is None:
+        return True
+    reference, prediction = (Volume(drawn[None], scene.geometry) for drawn in (scene.reference, scene.prediction))
+    return all(
+        abs(score.values["dice"] - row.organs[score.organ].values.get("dice", math.nan)) <= SAME_DICE
+        for score in score_case(row.case, reference, prediction, labels, metrics=["dice"])
+        if score.organ in row.organs and not math.isnan(row.organs[score.organ].values.get("dice", math.nan))
     )
 
 
 def _pictures(
-    run: Run,
-    rows: Sequence[Row],
-    scenes: Mapping[str, Scene],
-    pictured: Mapping[str, str],
-    metric: str,
-    missing: Missing,
+    run: Run, rows: Sequence[Row], scenes: Mapping[str, Scene], missing: Missing, labels: Labels, metric: str
 ) -> str:
-    labels = run.labels
-    figures = []
-    place = {row.case: n for n, row in enumerate(rows)}
+    places = {row.case: place for place, row in enumerate(rows, start=1)}
+    captions = {}
     for row in (row for row in rows if row.case in scenes):
-        assert labels is not None
-        numbers = ", ".join(f"{escape(o)} {number(s.values.get(metric, math.nan))}" for o, s in row.organs.items())
-        caption = f"<strong>{escape(row.case)}</strong> · place {place[row.case] + 1} of {len(rows)} from the worst · {escape(title_of(metric))}: {numbers}"
-        alt = f"Contours of {row.case} in the scan"
-        picture = picture_html(scenes[row.case].picture(labels), alt)
-        figures.append(f'<figure id="{pictured[row.case]}">{picture}<figcaption>{caption}</figcaption></figure>')
+        values = {organ: score.values[metric] for organ, score in row.organs.items() if metric in score.values}
+        digits = digits_for(metric, list(values.values()))
+        numbers = ", ".join(f"{escape(organ)} {number(value, digits)}" for organ, value in values.items())
+        place = f'<a href="#{row.anchor}">place {places[row.case]} of {len(rows)}</a>, the worst being the first'
+        captions[row.case] = f"{place} · {escape(short_name(metric))}: {numbers}"
     notice = missing_notice(missing)
-    if not figures and not notice:
-        return ""
-    return section(
+    if scenes and run.labels is None:
+        notice += '<p class="notice">Nothing says what the labels are called: name them with <code>--labels</code>.</p>'
+    return pictures_section(
         "Worst, median and best cases in pictures",
-        f'<div class="pictures">{"".join(figures)}</div>{notice}',
-        explanation="Colored lines: what the network drew. White lines: what the expert drew (the reference). The slices are those that show "
-        "most of every organ." * bool(figures),
+        scenes,
+        labels,
+        captions,
+        notice=notice,
+        explanation="Colored lines: what the network drew. White lines: what the expert drew (the reference).",
     )
 
 

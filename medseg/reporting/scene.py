@@ -74,13 +74,13 @@ class Scene:
         )
 
 
-def load_scene(files: CaseFiles, preprocessing: Preprocessing, labels: Labels) -> Scene:
+def load_scene(files: CaseFiles, preprocessing: Preprocessing, labels: Labels | None) -> Scene:
     """Read a case.
 
     Args:
         files: Of the case.
         preprocessing: Says how to read its scan.
-        labels: Says what structures drawn on a DICOM series are called.
+        labels: Says what structures drawn on a DICOM series are called; None: nothing says it.
 
     Raises:
         MedsegError: If a file is not there any more or cannot be used, does not stand on the scan's grid, or says

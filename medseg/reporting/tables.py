@@ -10,7 +10,9 @@ from html import escape
 import numpy as np
 
 from medseg.metrics import METRICS
+from medseg.metrics.paired import sign_of
 from medseg.metrics.table import Score
+from medseg.reporting.words import digits_for, short_name
 
 MAX_ORGAN_COLUMNS = 12
 
@@ -71,8 +73,13 @@ def rank_cases(scores: Sequence[Score], metric: str) -> list[Row]:
         Row(case, f"case-{n}", organs, mean_of([score.values.get(metric, math.nan) for score in organs.values()]))
         for n, (case, organs) in enumerate(by_case.items())
     ]
-    sign = -1 if is_lower_better(metric) else 1
+    sign = sign_of(metric)
     return sorted(rows, key=lambda row: (math.isnan(row.rank), 0 if math.isnan(row.rank) else sign * row.rank))
+
+
+def values_of(rows: Sequence[Row], organ: str, metric: str) -> list[float]:
+    """Of each case; NaN where it has none."""
+    return [row.organs[organ].values.get(metric, math.nan) if organ in row.organs else math.nan for row in rows]
 
 
 def cases_table(rows: Sequence[Row], metrics: Sequence[str], pictured: Mapping[str, str]) -> str:
@@ -83,23 +90,26 @@ def cases_table(rows: Sequence[Row], metrics: Sequence[str], pictured: Mapping[s
         metrics: The one that ranks first.
         pictured: Anchor of the picture of each case that has one, by case.
     """
-    main, *others = metrics
-    organs = list(dict.fromkeys(organ for row in rows for organ in row.organs))
-    columns = [Column(f"mean {title_of(main)}", [row.rank for row in rows])] if len(organs) > 1 else []
-    for organ in organs if len(organs) <= MAX_ORGAN_COLUMNS else ():
-        cells = [row.organs[organ].values.get(main, math.nan) if organ in row.organs else math.nan for row in rows]
-        columns.append(Column(organ, cells, hint=f"{title_of(main)} of {organ}"))
-    for metric in others:
-        columns.append(
-            Column(
-                f"mean {title_of(metric)}",
-                [row.mean(metric) for row in rows],
-                digits=2 if "mm" in title_of(metric) else 3,
-            )
-        )
+    columns = [column for n, metric in enumerate(metrics) for column in _columns(rows, metric, is_main=n == 0)]
     if any(row.notes for row in rows):
         columns.append(Column("note", [row.notes for row in rows]))
     return sortable_table([(row.case, row.anchor) for row in rows], columns, pictured)
+
+
+def _columns(rows: Sequence[Row], metric: str, *, is_main: bool) -> list[Column]:
+    """The mean over the organs, and each of them where it is the metric that ranks, or has no mean worth telling."""
+    name = short_name(metric)
+    organs = list(dict.fromkeys(o for row in rows for o, score in row.organs.items() if metric in score.values))
+    by_organ = {organ: values_of(rows, organ, metric) for organ in organs}
+    digits = digits_for(metric, [value for values in by_organ.values() for value in values])
+    if len(organs) == 1:
+        return [Column(name, by_organ[organs[0]], digits)]
+    has_mean = metric not in METRICS or METRICS[metric].is_ranked  # too much here and too little there make no zero
+    columns = [Column(f"mean {name}", [row.mean(metric) for row in rows], digits)] if has_mean else []
+    if (is_main or not has_mean) and len(organs) <= MAX_ORGAN_COLUMNS:
+        heading = "{}" if has_mean else f"{{}}: {name}"
+        columns += [Column(heading.format(o), by_organ[o], digits, hint=f"{name} of {o}") for o in organs]
+    return columns
 
 
 def sortable_table(
@@ -139,17 +149,6 @@ def mean_of(values: Sequence[float]) -> float:
     """Of those that are there; NaN if none is."""
     known = [value for value in values if not math.isnan(value)]
     return float(np.mean(known)) if known else math.nan
-
-
-def title_of(metric: str) -> str:
-    """What people call it, short."""
-    return {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (mm)", "hd": "HD (mm)", "assd": "ASSD (mm)"}.get(metric, metric)
-
-
-def is_lower_better(metric: str) -> bool:
-    """Distances and errors; a column of no known metric is taken for a score."""
-    name = metric.partition(":")[0]
-    return name in METRICS and getattr(METRICS[name], "lower_is_better", False)
 
 
 def _kind(column: Column) -> str:

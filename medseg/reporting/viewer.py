@@ -16,7 +16,7 @@ import numpy.typing as npt
 from medseg.geometry import Geometry
 from medseg.labels import Labels
 from medseg.reporting.overlay import COLORS
-from medseg.reporting.page import asset
+from medseg.reporting.page import asset, section
 from medseg.reporting.scene import Scene, box_around, organ_numbers
 
 Voxels = npt.NDArray[Any]
@@ -48,6 +48,24 @@ class Shown:
     scene: Scene
     name: str
     detail: str = ""
+
+
+def viewer_section(cases: Sequence[Shown], labels: Labels, *, explanation: str = "") -> str:
+    """The viewer with what one can do in it; empty where there is no case.
+
+    Args:
+        cases: Volumes; the first is shown at once.
+        labels: What is drawn in them.
+        explanation: Plain text, which cases these are.
+    """
+    if not cases:
+        return ""
+    how = (
+        "As radiologists look: the patient’s right is at the left of the picture. A click moves the cross, the wheel "
+        "goes through the slices, dragging with the right button sets the window. The scans are cropped around the "
+        "organs and simplified, for this page only."
+    )
+    return section("Look at the scans", viewer_html(cases, labels), explanation=f"{escape(explanation)} {how}".strip())
 
 
 def viewer_html(cases: Sequence[Shown], labels: Labels) -> str:

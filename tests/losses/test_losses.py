@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medseg.losses import LOSSES
+from medseg.losses import LOSSES, Compound, DeepSupervision
 
 R = 3  # classes or regions
 SIZES = [(6, 5), (4, 5, 3)]
@@ -198,6 +198,44 @@ def test_half_precision_logits_are_scored_in_float32(name: str, regions: bool, d
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, LOSSES[name]()(logits.float(), target))
     assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+@for_all
+@for_all_kinds
+def test_bfloat16_costs_a_loss_and_its_gradient_no_more_than_the_rounding_of_logits(name: str, regions: bool) -> None:
+    logits, target = draw((8, 9, 7), regions=regions)
+    mask, loss = draw_mask((8, 9, 7)), LOSSES[name]()
+    rounded = logits.bfloat16()
+    results = []
+    for given in (rounded, rounded.float(), logits):
+        given = given.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(given, target, mask)
+        value.backward()
+        assert value.dtype == torch.float32 and given.grad is not None
+        results.append((value.detach(), given.grad.float()))
+    (value, gradient), (same, same_gradient), (exact, _) = results
+    assert value == same == loss(rounded.float(), target, mask)
+    torch.testing.assert_close(gradient, same_gradient, rtol=2**-8, atol=1e-30)
+    torch.testing.assert_close(value, exact, rtol=2e-3, atol=0)
+
+
+@for_all
+@for_all_kinds
+def test_deep_supervision_of_every_loss_is_the_mean_over_resolutions_in_bfloat16_too(name: str, regions: bool) -> None:
+    logits, target = draw((4, 6, 8), regions=regions)
+    coarse, _ = draw((2, 3, 4), regions=regions)
+    mask, loss = draw_mask((4, 6, 8)), LOSSES[name]()
+    outputs = [part.bfloat16().requires_grad_() for part in (logits, coarse)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = DeepSupervision(Compound([loss], [1.0]), (0.5,))(outputs, target, mask)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert all(part.grad is not None and part.grad.isfinite().all() and part.grad.any() for part in outputs)
+    fine, rough = (part.detach().float() for part in outputs)
+    every_other = (..., slice(1, None, 2), slice(1, None, 2), slice(1, None, 2))
+    expected = loss(fine, target, mask) + 0.5 * loss(rough, target[every_other], mask[every_other])
+    torch.testing.assert_close(value, expected / 1.5)
 
 
 def test_every_loss_says_where_it_comes_from_and_what_it_is_good_for() -> None:

@@ -53,7 +53,7 @@ def test_dice_equals_brute_force(regions: bool, batch: bool, background: bool, s
         mask = torch.rand(3, 1, *size, generator=torch.Generator().manual_seed(1)) < 0.7
         loss = Dice(batch=batch, include_background=background, squared=squared, smooth=0.5)
         expected = brute_dice(logits, target, mask, batch=batch, background=background, squared=squared, smooth=0.5)
-        assert loss(logits, target, mask).item() == pytest.approx(expected, abs=1e-6)
+        assert loss(logits.double(), target, mask).item() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
@@ -75,12 +75,12 @@ def test_dice_and_tversky_equal_monai_s_in_value_and_gradient(regions: bool, bat
         ),
     ]
     for ours, theirs in ours_and_theirs:
-        a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-        value, expected = ours(a, target), theirs(b, target if regions else target[:, None])
-        torch.testing.assert_close(value, expected)
+        a, b = logits.double().requires_grad_(), logits.double().requires_grad_()
+        value, expected = ours(a, target), theirs(b, target.double() if regions else target[:, None])
+        torch.testing.assert_close(value, expected.to(value), rtol=0, atol=1e-6)
         value.backward()
         expected.backward()
-        torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_dice_of_a_half_found_organ_by_hand() -> None:
@@ -195,3 +195,12 @@ def test_focal_tversky_is_the_paper_s_formula(regions: bool, gamma: float) -> No
 def test_focal_tversky_needs_a_positive_gamma() -> None:
     with pytest.raises(ValueError, match="gamma is 0"):
         FocalTversky(gamma=0)
+
+
+@pytest.mark.parametrize("kind", [Dice, GeneralizedDice, Tversky, FocalTversky])
+def test_arguments_without_meaning_are_refused(kind: type[torch.nn.Module]) -> None:
+    with pytest.raises(ValueError, match="smooth is -1"):
+        kind(smooth=-1)
+    for alpha, beta in ((-0.1, 0.7), (0.3, -1.0), (0, 0)) if kind in (Tversky, FocalTversky) else ():
+        with pytest.raises(ValueError, match=f"alpha is {alpha} and beta {beta}"):
+            kind(alpha=alpha, beta=beta)

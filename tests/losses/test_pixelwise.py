@@ -27,8 +27,9 @@ def test_classes_equal_torch_s_mean_over_the_voxels_that_count(
     size: tuple[int, ...], weights: tuple[float, ...] | None, smoothing: float
 ) -> None:
     logits, target, mask = draw(size, regions=False)
+    logits = logits.double()
     loss = CrossEntropy(class_weights=weights, label_smoothing=smoothing)
-    options = {"weight": torch.tensor(weights) if weights else None, "label_smoothing": smoothing}
+    options = {"weight": logits.new_tensor(weights) if weights else None, "label_smoothing": smoothing}
     torch.testing.assert_close(loss(logits, target), F.cross_entropy(logits, target, **options))
     kept = mask[:, 0]
     expected = F.cross_entropy(logits.movedim(1, -1)[kept], target[kept], **options)
@@ -47,8 +48,8 @@ def test_regions_equal_brute_force_in_float64(
     voxels = -(aim * probs.log() + (1 - aim) * (1 - probs).log()).movedim(1, -1)[mask[:, 0]]  # (voxels, R)
     share = torch.tensor(weights or (1.0, 1.0, 1.0), dtype=torch.float64)
     expected = (voxels.mean(0) * share).sum() / share.sum()
-    loss = CrossEntropy(class_weights=weights, label_smoothing=smoothing)(logits, target, mask)
-    torch.testing.assert_close(loss.double(), expected)
+    loss = CrossEntropy(class_weights=weights, label_smoothing=smoothing)(logits.double(), target, mask)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_voxels_whose_class_weighs_nothing_cost_nothing() -> None:
@@ -63,7 +64,7 @@ def test_binary_cross_entropy_judges_each_class_against_the_rest(
     size: tuple[int, ...], weights: tuple[float, ...] | None, smoothing: float
 ) -> None:
     logits, target, mask = draw(size, regions=False)
-    hot = F.one_hot(target, 3).movedim(-1, 1).float()
+    logits, hot = logits.double(), F.one_hot(target, 3).movedim(-1, 1).double()
     options = {"class_weights": weights, "label_smoothing": smoothing}
     loss = BinaryCrossEntropy(**options)
     torch.testing.assert_close(loss(logits, target, mask), CrossEntropy(**options)(logits, hot, mask))

@@ -140,6 +140,8 @@ def test_exchanging_reference_and_prediction_keeps_or_mirrors_every_score(seed, 
         if name not in ONE_SIDED:
             sign = -1 if name == "volume_difference_ml" else 1
             assert sign * mirrored[organ, MIRRORED.get(name, name)] == pytest.approx(value, nan_ok=True)
+        elif name == "relative_volume_difference" and dims == 3:
+            assert (1 + mirrored[organ, name]) * (1 + value) == pytest.approx(1)
 
 
 @SOME
@@ -246,6 +248,37 @@ def test_every_metric_says_where_it_comes_from_and_what_it_is_good_for(name):
     metric = METRICS[name]
     assert metric.title and metric.good_for and any(char.isdigit() for char in metric.paper)
     assert metric.is_distance <= metric.lower_is_better
+
+
+@SOME
+@given(seed=st.integers(0, 10**6), shift=st.tuples(*[st.integers(-1, 1)] * 3), values=st.permutations([1, 2, 300]))
+def test_calibration_is_the_same_wherever_the_organ_lies_and_whatever_its_voxels_measure(seed, shift, values):
+    maps, probability = blobs(seed), np.random.default_rng(seed).random((13, 12, 11))
+
+    def errors(labels, probability, organs, **options):
+        of_all = dict.fromkeys(organs, probability)
+        return scores(*labels, metrics=["ece"], organs=organs, probabilities=of_all, **options)
+
+    expected = errors(maps, probability, ORGANS)
+    *moved, moved_probability = (np.roll(part, shift, axis=(0, 1, 2)) for part in (*maps, probability))
+    renamed = [np.array([0, *values[:2]], np.int16)[label] for label in moved]
+    organs = {organ: [values[value - 1] for value in united] for organ, united in ORGANS.items()}
+    found = errors(renamed, moved_probability, organs, spacing_mm=(5.0, 0.7, 3.0))
+    assert found == pytest.approx(expected)
+    certain = errors((maps[0], maps[0]), maps[0] == 1, {"liver": (1,)})
+    assert certain == {("liver", "ece"): 0}
+
+
+def test_calibration_leaves_out_what_is_ignored_and_boxes_what_is_not():
+    reference, prediction = np.zeros((2, 8, 6), np.uint8)
+    reference[2:4, 2:4] = prediction[2:4, 2:4] = 1
+    reference[2, 2] = reference[7, 5] = 255
+    prediction[7, 5] = 1  # far off: a box with it would be larger
+    probability = np.full((8, 6), 0.25)
+    probability[2, 2] = probability[7, 5] = 0.9
+    options = {"ignore_label": 255, "probabilities": {"liver": probability}, "organs": {"liver": (1,)}}
+    found = scores(reference, prediction, metrics=["ece"], **options)
+    assert found["liver", "ece"] == pytest.approx(0.25 - 3 / 15)  # 3 of the 15 voxels that count in a box of 4 x 4
 
 
 def test_calibration_is_that_of_the_organs_box_and_needs_probabilities():

@@ -1,4 +1,4 @@
-"""Distances between surfaces. Oracles are brute force in float64, MONAI and SimpleITK."""
+"""Distances between surfaces. Oracles are brute force in float64, MONAI, SimpleITK and surface-distance."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import surface_distance as deepmind
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ MANY = settings(
 SPACINGS = {2: [(1.0, 1.0), (0.7, 2.5)], 3: [(1.0, 1.0, 1.0), (0.8, 0.8, 3.0), (5.0, 0.5, 1.25)]}
 KINDS = [(dims, spacing) for dims, spacings in SPACINGS.items() for spacing in spacings]
 EVERY_SPACING = pytest.mark.parametrize(("dims", "spacing"), KINDS)
-SEEDS = pytest.mark.parametrize("seed", range(3))
+SURFACE_DISTANCE_IS_OLD = pytest.mark.filterwarnings("ignore:Please import `:DeprecationWarning")
 
 
 def blobs(seed: int, dims: int):
@@ -117,19 +118,104 @@ def test_all_is_as_in_monai(dims, spacing):
             assert found.surface_dice(tolerance, by_area=by_area) == pytest.approx(float(expected), abs=1e-5)
 
 
-@SEEDS
-def test_hausdorff_distance_is_that_of_simpleitk(seed):
-    spacing = (0.8, 0.9, 2.5)
-    reference, prediction = (np.pad(mask, 2) for mask in blobs(seed, 3))  # its contours leave out the border
-    contours = []
-    for mask in (reference, prediction):
-        image = sitk.GetImageFromArray(mask.astype(np.uint8))
-        image.SetSpacing(spacing[::-1])
-        contours.append(sitk.BinaryContour(image, fullyConnected=False, foregroundValue=1))
+def as_image(mask, spacing):
+    image = sitk.GetImageFromArray(mask.astype(np.uint8))
+    image.SetSpacing(spacing[::-1])
+    return image
+
+
+def contour(mask, spacing):
+    """SimpleITK's surface: voxels with a neighbor outside, of those that share a side; none at the image's border."""
+    return sitk.BinaryContour(as_image(mask, spacing), fullyConnected=False, foregroundValue=1)
+
+
+def hausdorff_and_average_of_simpleitk(reference, prediction):
     measure = sitk.HausdorffDistanceImageFilter()
-    measure.Execute(*contours)
-    found = surface_distances(reference, prediction, spacing)
-    assert found.hausdorff() == pytest.approx(measure.GetHausdorffDistance(), abs=1e-4)
+    measure.Execute(reference, prediction)
+    return measure.GetHausdorffDistance(), measure.GetAverageHausdorffDistance()
+
+
+def distances_of_simpleitk(reference, prediction, spacing):
+    """From each contour voxel of either mask to the other contour, as its users read them off distance maps."""
+    contours = [contour(mask, spacing) for mask in (reference, prediction)]
+    far = [sitk.Abs(sitk.SignedMaurerDistanceMap(c, squaredDistance=False, useImageSpacing=True)) for c in contours]
+    at, to = ([sitk.GetArrayFromImage(image) for image in images] for images in (contours, far))
+    return to[1][at[0] > 0], to[0][at[1] > 0]
+
+
+@EVERY_SPACING
+def test_distances_between_voxels_are_those_of_simpleitk_s_contours(dims, spacing):
+    for pair in pairs(dims):
+        reference, prediction = (np.pad(mask, 2) for mask in pair)  # its contours leave out the border
+        found = surface_distances(reference, prediction, spacing)
+        there, back = distances_of_simpleitk(reference, prediction, spacing)
+        largest, mean_of_means = hausdorff_and_average_of_simpleitk(
+            contour(reference, spacing), contour(prediction, spacing)
+        )
+        assert found.hausdorff() == pytest.approx(largest, abs=1e-4)
+        assert found.hausdorff(95) == pytest.approx(max(np.percentile(d, 95) for d in (there, back)), abs=1e-4)
+        assert found.average() == pytest.approx(np.concatenate([there, back]).mean(), abs=1e-4)
+        assert (there.mean() + back.mean()) / 2 == pytest.approx(mean_of_means, abs=1e-4)
+
+
+def blocks():
+    """A block of 6 voxels in the middle of an image of 15, moved by 2, and grown by 1 on every side."""
+    block, grown = np.zeros((2, 15, 15, 15), bool)
+    block[4:10, 4:10, 4:10] = grown[3:11, 3:11, 3:11] = True
+    return block, np.roll(block, 2, axis=0), grown
+
+
+def test_the_average_is_simpleitk_s_where_both_surfaces_are_as_large_and_else_not():
+    block, moved, grown = blocks()
+    for other, ours, theirs in ((moved, 0.7368, 0.7368), (grown, 1.0796, 1.0603)):
+        found = surface_distances(block, other, (1, 1, 1)).average()
+        contours = (contour(mask, (1, 1, 1)) for mask in (block, other))
+        expected = pytest.approx((ours, theirs), abs=1e-4)
+        assert (found, hausdorff_and_average_of_simpleitk(*contours)[1]) == expected
+
+
+@SURFACE_DISTANCE_IS_OLD
+def test_simpleitk_s_distances_of_masks_are_not_those_of_their_surfaces():
+    reference = np.zeros((15, 15, 15), bool)
+    reference[2:13, 2:13, 2:13] = True
+    prediction = reference.copy()
+    prediction[7, 7, 7] = False
+    masks = (as_image(mask, (1, 1, 1)) for mask in (reference, prediction))
+    found = surface_distances(reference, prediction, (1, 1, 1))
+    theirs = deepmind.compute_robust_hausdorff(
+        deepmind.compute_surface_distances(reference, prediction, (1, 1, 1)), 100
+    )
+    assert (found.hausdorff(), hausdorff_and_average_of_simpleitk(*masks)[0], theirs) == (4, 1, 5)
+
+
+def test_a_mask_that_fills_the_image_has_a_surface_here_and_in_simpleitk_none():
+    full, inner = np.ones((5, 5, 5), bool), np.zeros((5, 5, 5), bool)
+    inner[2, 2, 2] = True
+    assert surface_distances(full, inner, (1, 1, 1)).hausdorff() == pytest.approx(math.sqrt(12))
+    assert not sitk.GetArrayFromImage(contour(full, (1, 1, 1))).any()
+
+
+@SURFACE_DISTANCE_IS_OLD
+@EVERY_SPACING
+def test_surface_dice_is_that_of_surface_distance(dims, spacing):
+    for reference, prediction in pairs(dims):
+        found = surface_distances(reference, prediction, spacing)
+        theirs = deepmind.compute_surface_distances(reference, prediction, spacing)
+        for tolerance in (0.1, 1.3, 2.05, 6):
+            expected = deepmind.compute_surface_dice_at_tolerance(theirs, tolerance)
+            assert found.surface_dice(tolerance) == pytest.approx(expected, abs=1e-6)
+
+
+@SURFACE_DISTANCE_IS_OLD
+def test_hausdorff_distances_of_blocks_are_those_of_surface_distance_and_averages_are_not():
+    block, *others = blocks()
+    for other, by_area in zip(others, (0.7048, (1 + 1.0728) / 2), strict=True):
+        found = surface_distances(block, other, (1, 1, 1))
+        theirs = deepmind.compute_surface_distances(block, other, (1, 1, 1))
+        for percentile in (95, 100):
+            assert found.hausdorff(percentile) == pytest.approx(deepmind.compute_robust_hausdorff(theirs, percentile))
+        assert np.mean(deepmind.compute_average_surface_distance(theirs)) == pytest.approx(by_area, abs=1e-4)
+        assert found.average() > by_area + 0.03
 
 
 def test_two_voxels_three_steps_apart_are_three_spacings_apart():

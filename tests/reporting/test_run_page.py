@@ -137,3 +137,42 @@ def test_cases_without_a_value_come_last() -> None:
         "dice",
     )
     assert [row.case for row in rows] == ["c", "b", "a"]
+
+
+def test_by_a_distance_the_largest_is_the_worst_and_a_missed_organ_is_told(tmp_path: Path) -> None:
+    distances = {"a": 1.254, "b": 27.3, "c": float("nan")}
+    scores = [Score(c, "liver", {"volume_ml": 9.0, "hd95": mm}, "missed" * (mm != mm)) for c, mm in distances.items()]
+    write_table(tmp_path / "per_case.csv", scores)
+    html = page_of(tmp_path)
+    assert re.findall(r'<th scope="row" data-value="(\w)"', html) == ["b", "a", "c"], "a volume ranks nothing"
+    assert "A missed organ has no distance" in html
+    assert "2 cases, missed in 1" in html
+    assert f'<div class="number">{(1.254 + 27.3) / 2:.1f}</div>' in html
+
+
+def test_differences_that_cancel_are_told_organ_by_organ(tmp_path: Path) -> None:
+    scores = [
+        Score("a", organ, {"dice": 0.5, "volume_difference_ml": ml})
+        for organ, ml in (("liver", 31.0), ("spleen", -31.0))
+    ]
+    write_table(tmp_path / "per_case.csv", scores)
+    html = page_of(tmp_path)
+    assert "liver: volume difference (ml)" in html
+    assert "mean volume difference" not in html
+
+
+def test_a_page_with_nothing_to_show_says_so(tmp_path: Path) -> None:
+    write_table(tmp_path / "per_case.csv", [Score("a", "liver", {"dice": float("nan")}, "absent in both")])
+    html = page_of(tmp_path)
+    assert "1 segmentation was held to what an expert drew. None of them has a value of Dice" in html
+    assert "<svg" not in html
+    assert "it is not known where their files are (a)" in html
+
+
+def test_a_picture_and_its_row_lead_to_each_other(folder: Path) -> None:
+    html = page_of(folder)
+    pairs = re.findall(r'<figure id="(picture-\d+)"><img.*?<strong>(case_\d)</strong> · <a href="#(case-\d+)"', html)
+    assert len(pairs) == 6
+    for anchor, case, row in pairs:
+        assert f'<tr id="{row}"><th scope="row" data-value="{case}"><a href="#{anchor}">' in html
+    assert "place 1 of 8" in html

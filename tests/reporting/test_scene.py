@@ -29,9 +29,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def scene_of(run: Run) -> Scene:
-    (training,) = run.trainings
-    assert training.spec
-    return load_scene(training.cases["a"], training.spec.preprocessing, training.spec.labels)
+    return load_scene(run.cases["a"], run.preprocessing, run.labels)
 
 
 def volumes_of(html: str, folder: Path) -> list[dict[str, nib.Nifti1Image]]:
@@ -65,8 +63,7 @@ def test_a_scene_is_in_ras(run: Run) -> None:
 
 @pytest.mark.parametrize(("kind", "said"), [("image", "its scan"), ("label", "what the expert drew")])
 def test_a_file_that_is_gone_is_told_by_what_it_was(run: Run, kind: str, said: str) -> None:
-    (training,) = run.trainings
-    case = training.cases["a"]
+    case = run.cases["a"]
     gone = case.images[0] if kind == "image" else case.reference
     assert gone
     gone.unlink()
@@ -77,8 +74,7 @@ def test_a_file_that_is_gone_is_told_by_what_it_was(run: Run, kind: str, said: s
 
 
 def test_a_prediction_on_another_grid_is_not_drawn_on_the_scan(run: Run) -> None:
-    (training,) = run.trainings
-    path = training.cases["a"].prediction
+    path = run.cases["a"].prediction
     image = nib.load(path)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine + np.diag([0.5, 0, 0, 0])), path)
     with pytest.raises(MedsegError) as caught:
@@ -105,7 +101,7 @@ def test_of_regions_that_overlap_the_later_lies_on_top() -> None:
 
 def test_the_viewers_volumes_lie_where_the_scan_does(run: Run, tmp_path: Path) -> None:
     (layers,) = volumes_of(viewer_html([Shown(scene_of(run), "worst: a")], LABELS), tmp_path)
-    source = nib.load(run.trainings[0].cases["a"].reference)
+    source = nib.load(run.cases["a"].reference)
     for name in ("prediction", "reference"):
         assert layers[name].get_data_dtype() == np.uint8
         for value in (1, 2):
@@ -127,7 +123,7 @@ def test_a_large_scan_is_made_coarser_until_it_fits(monkeypatch: pytest.MonkeyPa
     html = viewer_html([Shown(scene_of(run), "worst: a")], LABELS)
     (layers,) = volumes_of(html, tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.glob("0_*.nii.gz")) * 4 / 3 <= 12_100
-    source = nib.load(run.trainings[0].cases["a"].reference)
+    source = nib.load(run.cases["a"].reference)
     np.testing.assert_allclose(center_mm(layers["reference"], 1), center_mm(source, 1), atol=1.5)
 
 

@@ -48,7 +48,7 @@ def store(empty_store: Path, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
-SERVE = "import sys; from medseg.tracking.runs import serve_ui; sys.exit(serve_ui(sys.argv[1], port=int(sys.argv[2])))"
+SERVE = "import sys; from medseg.tracking.ui import serve_ui; sys.exit(serve_ui(sys.argv[1], port=int(sys.argv[2])))"
 
 
 class Server:
@@ -126,6 +126,21 @@ def begin(tmp_path: Path) -> Callable[..., MlflowTracker]:
         return MlflowTracker.start(run_dir, uri=uri, experiment=experiment, **given)  # type: ignore[arg-type]
 
     return start
+
+
+@pytest.fixture
+def finished(store: str, begin: Callable[..., MlflowTracker], tmp_path: Path) -> MlflowTracker:
+    """A run with a model and a table, in ``tmp_path / "run"``."""
+    tracker = begin(store)
+    folder = tmp_path / "run" / "model"
+    folder.mkdir()
+    (folder / "model.json").write_text('{"format": 1}')
+    (folder / "model.safetensors").write_bytes(b"weights")
+    tracker.log_file(folder)
+    (tmp_path / "run" / "per_case.csv").write_text("case,organ,dice\na,liver,0.5\n")
+    tracker.log_file(tmp_path / "run" / "per_case.csv")
+    tracker.finish("FINISHED")
+    return tracker
 
 
 @pytest.fixture

@@ -2,43 +2,20 @@ from __future__ import annotations
 
 import shutil
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from medseg.errors import ModelError, WorkflowError
+from medseg.errors import ModelError
 from medseg.tracking.mlflow_tracker import MlflowTracker, open_store
-from medseg.tracking.runs import (
-    experiment_runs,
-    log_comparison,
-    model_folder,
-    register,
-    serve_ui,
-    tracked_run,
-)
+from medseg.tracking.models import model_folder
+from medseg.tracking.runs import experiment_runs, log_comparison, tracked_run
 
 from .conftest import Server
 
 Begin = Callable[..., MlflowTracker]
-
-
-@pytest.fixture
-def finished(store: str, begin: Begin, tmp_path: Path) -> MlflowTracker:
-    """A run with a model and a table, in ``tmp_path / "run"``."""
-    tracker = begin(store)
-    folder = tmp_path / "run" / "model"
-    folder.mkdir()
-    (folder / "model.json").write_text('{"format": 1}')
-    (folder / "model.safetensors").write_bytes(b"weights")
-    tracker.log_file(folder)
-    (tmp_path / "run" / "per_case.csv").write_text("case,organ,dice\na,liver,0.5\n")
-    tracker.log_file(tmp_path / "run" / "per_case.csv")
-    tracker.finish("FINISHED")
-    return tracker
 
 
 def test_a_run_on_this_machine_is_read_from_its_folder(finished: MlflowTracker, store: str, tmp_path: Path) -> None:
@@ -96,18 +73,6 @@ def test_looking_for_a_run_makes_no_store(tmp_path: Path) -> None:
 def test_a_server_that_is_down_is_named() -> None:
     with pytest.raises(ModelError, match=r"E-TRACK-DOWN http://127\.0\.0\.1:9: does not answer: Connection refused"):
         model_folder("a" * 32, "http://127.0.0.1:9")
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "myhost"])
-def test_the_ui_is_not_opened_to_the_network_without_passwords(store: str, host: str) -> None:
-    with pytest.raises(WorkflowError, match="E-UI-HOST"):
-        serve_ui(store, host)
-
-
-@pytest.mark.parametrize("uri", ["http://host:5000", "sqlite:////nowhere/mlflow.db"])
-def test_there_is_no_ui_for_servers_or_for_stores_that_do_not_exist(uri: str) -> None:
-    with pytest.raises(WorkflowError, match="E-UI-STORE"):
-        serve_ui(uri)
 
 
 def with_table(client: Any, experiment: str, dice: float, *, num_rows: int = 1, **tags: str) -> str:
@@ -209,90 +174,3 @@ def test_tables_behind_a_server_are_downloaded_and_a_comparison_is_put_beside_th
     assert [item.path for item in found] == ["comparisons/unet vs vnet/page.html"]
     table = shown_table(server.uri, runs[0].run_id)
     assert table["dice"].tolist() == [0.5]
-
-
-def test_an_alias_means_the_run_that_has_it_now(
-    finished: MlflowTracker, store: str, begin: Begin, tmp_path: Path
-) -> None:
-    told = register(str(tmp_path / "run"), "liver", alias="champion")
-    assert told == {
-        "name": "liver",
-        "version": 1,
-        "alias": "champion",
-        "run_id": finished.run_id,
-        "model": "models:/liver@champion",
-    }
-    assert model_folder("models:/liver@champion", store) == tmp_path / "run" / "model"
-    assert model_folder("models:/liver/1", store) == tmp_path / "run" / "model"
-    better = begin(store, run_dir=tmp_path / "better")
-    (tmp_path / "better" / "model").mkdir()
-    (tmp_path / "better" / "model" / "model.json").write_text('{"format": 1}')
-    better.log_file(tmp_path / "better" / "model")
-    better.finish("FINISHED")
-    assert register(better.run_id, "liver", alias="champion", tracking_uri=store)["version"] == 2
-    assert model_folder("models:/liver@champion", store) == tmp_path / "better" / "model"
-    back = register(finished.run_id, "liver", alias="champion", tracking_uri=store)
-    assert back["version"] == 1  # not a third one
-    assert model_folder("models:/liver@champion", store) == tmp_path / "run" / "model"
-
-
-def test_a_registered_model_is_downloaded_from_a_server(
-    server: Server, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MEDSEG_CACHE", str(tmp_path / "cache"))
-    tracker = begin(server.uri, experiment="registered")
-    (tmp_path / "run" / "model").mkdir()
-    (tmp_path / "run" / "model" / "model.json").write_text('{"format": 1}')
-    tracker.log_file(tmp_path / "run" / "model")
-    tracker.finish("FINISHED")
-    shutil.rmtree(tmp_path / "run")
-    register(tracker.run_id, "remote", alias="champion", tracking_uri=server.uri)
-    folder = model_folder("models:/remote@champion", server.uri)
-    assert (folder / "model.json").read_text() == '{"format": 1}'
-    assert folder.is_relative_to(tmp_path / "cache")
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("models:/liver@best", r"it has champion \(version 1\); medseg register RUN liver --alias best"),
-        ("models:/liver/7", r"E-REGISTRY .*it has champion"),
-        ("models:/spleen@best", r"E-REGISTRY .*medseg register RUN spleen --alias best"),
-        ("models:/liver", r"write models:/NAME@ALIAS or models:/NAME/VERSION"),
-        ("models:/@best", r"write models:/NAME@ALIAS or models:/NAME/VERSION"),
-    ],
-)
-def test_what_is_not_registered_says_what_is(finished: MlflowTracker, store: str, model: str, message: str) -> None:
-    register(finished.run_id, "liver", alias="champion", tracking_uri=store)
-    with pytest.raises(ModelError, match=message):
-        model_folder(model, store)
-
-
-def test_a_registered_model_is_what_predict_loads(finished: MlflowTracker, store: str, tmp_path: Path) -> None:
-    from medseg.build.model import find_model  # torch takes seconds to import
-
-    register(finished.run_id, "liver", alias="champion", tracking_uri=store)
-    assert find_model("models:/liver@champion", store) == tmp_path / "run" / "model"
-
-
-def test_a_run_without_a_model_is_not_registered(store: str, begin: Begin) -> None:
-    tracker = begin(store)
-    tracker.finish("FINISHED")
-    with pytest.raises(ModelError, match="E-RUN-ARTIFACT"):
-        register(tracker.run_id, "liver", tracking_uri=store)
-    assert open_store(store).search_registered_models() == []  # not even an empty one
-
-
-def test_names_that_mlflow_does_not_take_are_told(finished: MlflowTracker, store: str) -> None:
-    with pytest.raises(WorkflowError, match="E-REGISTRY"):
-        register(finished.run_id, "liver/ct", tracking_uri=store)
-    with pytest.raises(WorkflowError, match="E-REGISTRY"):
-        register(finished.run_id, "liver", alias="latest", tracking_uri=store)
-
-
-def test_the_ui_answers_until_it_is_interrupted(server: Server) -> None:
-    with urllib.request.urlopen(server.uri, timeout=20) as page:
-        assert b"MLflow" in page.read()
-    assert server.interrupt() == 0
-    with pytest.raises(urllib.error.URLError, match="refused"):
-        urllib.request.urlopen(server.uri, timeout=20)
