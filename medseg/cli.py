@@ -134,6 +134,10 @@ def predict(
     overlap: Annotated[
         float | None, typer.Option(help="Share of a window the next one covers.  [default: the model's]")
     ] = None,
+    crop: Annotated[
+        Literal["body", "none"] | None,
+        typer.Option(help="Pass over the air around a patient (CT, MR), or not.  [default: the model's]"),
+    ] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs.")] = False,
     prune: Annotated[
         int | None, typer.Option(metavar="LEVEL", min=1, help="Stop a UNet++ at this level, which is faster.")
@@ -160,6 +164,7 @@ def predict(
             format=format,
             split=split,
             overlap=overlap,
+            crop=crop,
             tta=tta,
             prune=prune,
             probabilities=probabilities,

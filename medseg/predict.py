@@ -21,6 +21,7 @@ from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.files import NO_ROOM, remove_leftovers
 from medseg.memory import asked_for, is_out_of_memory
+from medseg.model import Crop
 from medseg.tracking.models import is_registered, model_folder
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def predict(
     format: str = "nii.gz",
     split: str | None = None,
     overlap: float | None = None,
+    crop: Crop | None = None,
     tta: bool = False,
     prune: int | None = None,
     probabilities: bool = False,
@@ -61,6 +63,8 @@ def predict(
         split: Part of a manifest: ``training``, ``test`` or ``fold_N``; None: its test cases, or all
             where it has none.
         overlap: Share of a window that the next one covers again, instead of the model's.
+        crop: ``body``: pass over windows in the air around a patient, in CT and MR; ``none``: see everything; instead
+            of the model's.
         tta: Average over mirrored copies along all axes.
         prune: Stop a UNet++ that was trained with deep supervision at this level, which is faster.
         probabilities: Write the network's probabilities too.
@@ -73,7 +77,7 @@ def predict(
         isolate: Work in a process of its own, so that a scan that kills it is one failure among the others.
 
     Returns:
-        ``done`` (each with case, input, output, seconds), ``failed`` (case, input, error_id, message),
+        ``done`` (each with case, input, output, seconds, windows, windows_in_air), ``failed`` (case, input, error_id, message),
         ``skipped`` (ids that `resume` passed over) and ``seconds``; of a dry run ``planned`` too.
 
     Raises:
@@ -94,7 +98,9 @@ def predict(
         _check_nothing_there(files)
     todo = [case for case in cases if force or case.id not in complete]
     jobs = [_Job(case, files[case.id]) for case in todo]
-    segmenting = _Segmenting(model, device, overlap, tta, prune, tracking_uri, format, workers, any_modality=force)
+    segmenting = _Segmenting(
+        model, device, overlap, crop, tta, prune, tracking_uri, format, workers, any_modality=force
+    )
     result: Result = {"done": [], "failed": [], "skipped": [case.id for case in cases if case not in todo]}
     if dry_run:
         segmenting.segmenter()
@@ -137,6 +143,7 @@ class _Segmenting:
     model: str
     device: str
     overlap: float | None
+    crop: Crop | None
     tta: bool
     prune: int | None
     tracking_uri: str | None
@@ -156,6 +163,7 @@ class _Segmenting:
             self.model,
             device=self.device,
             overlap=self.overlap,
+            crop=self.crop,
             tta=self.tta,
             pruned_at=self.prune,
             tracking_uri=self.tracking_uri,
@@ -175,21 +183,22 @@ class _Segmenting:
             started = time.monotonic()
             job = jobs[number]
             try:
-                _segment(segmenter, prepared(), job.files)
+                told = _segment(segmenter, prepared(), job.files)
             except Exception as error:  # whatever is wrong with this scan, the others are still to be done
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
                     raise  # but there is no room for them either
                 yield number, job.entry | _described(error, job.case)
                 continue
             seconds = round(time.monotonic() - started, 2)
-            yield number, job.entry | {"output": str(job.files[0]), "seconds": seconds}
+            yield number, job.entry | {"output": str(job.files[0]), "seconds": seconds} | told
 
 
-def _segment(segmenter: Predictor, prepared: Prepared, files: Sequence[Path]) -> None:
+def _segment(segmenter: Predictor, prepared: Prepared, files: Sequence[Path]) -> Result:
     found = segmenter.segment_prepared(prepared, with_probabilities=len(files) > 1)
     if found.probabilities:
         write_volume(files[1], found.probabilities)
     write_volume(files[0], found.label)  # last, as the sign that the case is complete
+    return {"windows": found.num_windows, "windows_in_air": found.num_in_air}
 
 
 def _read_ahead(

@@ -145,6 +145,7 @@ class Infer(Section):
     overlap: Overlap = 0.5
     weighting: Literal["gaussian", "constant"] = "gaussian"
     mirror_axes: tuple[Literal[0, 1, 2], ...] = Field((), description="axes mirrored at prediction, averaged")
+    crop: Literal["body", "none"] = Field("body", description="body: no windows in the air around a patient (CT, MR)")
     postprocess: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -104,7 +104,7 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
     calls = fake("predict", {"done": [], "failed": [], "seconds": 0.0})
     result = medseg(
         "predict", "models:/liver@best", "a.nii.gz", "b", "-o", "out", "--format", "mha", "--split", "test",
-        "--overlap", "0.25", "--tta", "--prune", "2", "--probabilities", "--workers", "3", "--force", "--uri", "http://x",
+        "--overlap", "0.25", "--crop", "none", "--tta", "--prune", "2", "--probabilities", "--workers", "3", "--force", "--uri", "http://x",
     )  # fmt: skip
     assert result.exit_code == 0
     assert calls == [
@@ -114,6 +114,7 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
             "format": "mha",
             "split": "test",
             "overlap": 0.25,
+            "crop": "none",
             "tta": True,
             "prune": 2,
             "probabilities": True,

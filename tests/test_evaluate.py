@@ -615,7 +615,8 @@ def test_the_json_says_what_files_and_values_each_case_was_scored_by(folders, tm
     predicted = {"prediction": str(folders / "predictions" / "case_0.nii.gz"), "reference": reference}
     assert told["files"]["case_0"] == {**predicted, "image": reference}
     assert told["files"]["case_3"]["prediction"] is None and len(told["files"]) == 4
-    assert (told["organs"], told["map"]) == ({"liver": [1], "cancer": [2]}, {"values": {"1": 1, "2": 2}, "files": {}})
+    assert told["labels"]["labels"] == {"0": "background", "1": "liver", "2": "cancer"}
+    assert told["map"] == {"values": {"1": 1, "2": 2}, "files": {}}
     evaluate(Path("predictions"), Path("labels"), output=tmp_path / "out")
     told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert told["files"]["case_0"] == {**predicted, "image": None} and told["map"] is None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medseg.data.manifest import Manifest
 from medseg.errors import ModelError, WorkflowError
 from medseg.inference.predictor import Precision, Predictor
-from medseg.model import ModelSpec, Preprocessing, Window, load_model
+from medseg.model import Crop, ModelSpec, Preprocessing, Window, load_model
 from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
 from medseg.registry import check_arguments
@@ -67,6 +67,7 @@ def specification(
             slice_axis=workflow.data.slice_axis,
             context_slices=workflow.data.context_slices,
             mirror_axes=workflow.infer.mirror_axes,
+            crop=workflow.infer.crop,
         ),
         postprocess=workflow.infer.postprocess,
         provenance=provenance or {},
@@ -103,6 +104,7 @@ def predictor(
     *,
     device: str = "auto",
     overlap: float | None = None,
+    crop: Crop | None = None,
     tta: bool = False,
     pruned_at: int | None = None,
     tracking_uri: str | None = None,
@@ -114,7 +116,8 @@ def predictor(
     Args:
         model: A model folder, a run folder, an MLflow run id, or ``models:/name@alias``.
         device: ``auto``, ``cpu`` or ``cuda``.
-        overlap: Instead of the model's own.
+        overlap: Instead of the model's own, as is `crop`.
+        crop: See `medseg.model.Window`.
         tta: Mirror along all axes.
         pruned_at: The level at which a UNet++ stops.
         tracking_uri: Where to look for run ids.
@@ -130,6 +133,8 @@ def predictor(
     window = spec.window
     if overlap is not None:
         window = replace(window, overlap=overlap)
+    if crop is not None:
+        window = replace(window, crop=crop)
     if tta:
         axes = tuple(a for a in range(3) if spec.spatial_dims == 3 or a != window.slice_axis)
         window = replace(window, mirror_axes=axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -41,10 +41,14 @@ class Segmentation:
         label: (1, I, J[, K]), uint8 or int16, on the scan's own grid.
         probabilities: (R, I, J[, K]), float32, on the same grid, if they were asked for. They are the
             network's: post-processing changes the label map alone.
+        num_windows: What the network was asked for.
+        num_in_air: Windows that it was spared, see `medseg.model.Window`.
     """
 
     label: Volume
     probabilities: Volume | None = None
+    num_windows: int = 0
+    num_in_air: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,11 +162,11 @@ class Predictor:
         """Segment what `prepare` returned; of a scan that shows nothing, nothing is segmented."""
         shows_something = any(np.ptp(channel) for channel in prepared.image)
         if shows_something:
-            label, probabilities = self._segmented(prepared, with_probabilities=with_probabilities)
+            found = self._segmented(prepared, with_probabilities=with_probabilities)
         else:
             log.warning("W-EMPTY %s: shows nothing after clipping; so does the segmentation", prepared.name)
-            label, probabilities = self._nothing(prepared.source, with_probabilities=with_probabilities)
-        array = label.array[0]
+            found = self._nothing(prepared.source, with_probabilities=with_probabilities)
+        array = found.label.array[0]
         for step, values in self._steps:
             array = step(array, values)
         if shows_something and not array.any():
@@ -173,9 +177,9 @@ class Predictor:
                 "tools refuse to open; segment what medseg data convert makes of it to have both straight",
                 prepared.name,
             )
-        return Segmentation(Volume(array[None], label.geometry), probabilities)
+        return replace(found, label=Volume(array[None], found.label.geometry))
 
-    def _segmented(self, prepared: Prepared, *, with_probabilities: bool) -> tuple[Volume, Volume | None]:
+    def _segmented(self, prepared: Prepared, *, with_probabilities: bool) -> Segmentation:
         """What the network says, in the first of the ways that memory suffices for."""
         for way, easier in pairwise(self._ways):
             try:
@@ -188,10 +192,9 @@ class Predictor:
                 torch.cuda.empty_cache()
         return self._predicted(prepared, self._ways[-1], with_probabilities=with_probabilities)
 
-    def _predicted(self, prepared: Prepared, way: Way, *, with_probabilities: bool) -> tuple[Volume, Volume | None]:
+    def _predicted(self, prepared: Prepared, way: Way, *, with_probabilities: bool) -> Segmentation:
         image = torch.from_numpy(prepared.image).to(way.sums_on)
-        body = prepared.body if self.spec.window.crop == "body" else None
-        windows = Windows.over(image.shape[1:], self.spec.window, body=body)
+        windows = Windows.over(image.shape[1:], self.spec.window, body=prepared.body)
         predicted = slabs(
             image,
             self.network.to(way.device),
@@ -201,7 +204,7 @@ class Predictor:
             autocast=self.autocast,
             device=way.device,
         )
-        return restored(
+        label, probabilities = restored(
             predicted,
             self.spec.labels,
             axis=windows.outer,
@@ -211,6 +214,7 @@ class Predictor:
             box=windows.box,
             with_probabilities=with_probabilities,
         )
+        return Segmentation(label, probabilities, windows.num_computed, windows.num_in_air)
 
     def _check_modality(self, prepared: Prepared, *, any_modality: bool) -> None:
         try:
@@ -224,16 +228,16 @@ class Predictor:
                 ) from None
             log.warning("W-MODALITY %s: %s", prepared.name, error.message)
 
-    def _nothing(self, source: Geometry, *, with_probabilities: bool) -> tuple[Volume, Volume | None]:
+    def _nothing(self, source: Geometry, *, with_probabilities: bool) -> Segmentation:
         """Background, with certainty."""
         labels = self.spec.labels
         label = Volume(np.zeros((1, *source.shape), labels.dtype), source)
         if not with_probabilities:
-            return label, None
+            return Segmentation(label)
         probabilities = np.zeros((labels.num_outputs, *source.shape), np.float32)
         if not labels.regions:
             probabilities[0] = 1
-        return label, Volume(probabilities, source)
+        return Segmentation(label, Volume(probabilities, source))
 
 
 def has_bf16(device_type: str) -> bool:

@@ -75,6 +75,7 @@ class Windows:
         outer: The axis that windows come in order along: that of slices, or else the longest.
         is_picture: Whether the volume is a picture's single slice.
         empty: Windows that need no network, as there is nothing but air in them.
+        num_in_air: How many more there would be without a body.
     """
 
     box: Box
@@ -82,6 +83,7 @@ class Windows:
     outer: int
     is_picture: bool = False
     empty: frozenset[Numbers] = frozenset()
+    num_in_air: int = 0
 
     @classmethod
     def over(cls, shape: Sequence[int], window: Window, *, body: Body | None = None) -> Windows:
@@ -103,16 +105,18 @@ class Windows:
             patch.insert(slice_axis, 1 + 2 * window.context_slices)
         whole = tuple(slice(0, n) for n in shape)
         everywhere = cls._on(whole, patch, slice_axis, window)
-        if body is None:
+        if body is None or window.crop == "none":
             return everywhere
         around = tuple(
-            side if axis == slice_axis else _widened(side, read, size)  # slices want their neighbors
-            for axis, (side, read, size) in enumerate(zip(body.box, patch, shape, strict=True))
+            side if axis == slice_axis else _widened(found, read, size)  # slices want their neighbors
+            for axis, (side, found, read, size) in enumerate(zip(whole, body.box, patch, shape, strict=True))
         )
-        if slice_axis is not None:
-            around = (*around[:slice_axis], whole[slice_axis], *around[slice_axis + 1 :])
-        found = [everywhere.touching(body), cls._on(around, patch, slice_axis, window).touching(body)]
-        return min(found, key=lambda windows: windows.num_computed)
+        fewest = min(
+            everywhere.touching(body),
+            cls._on(around, patch, slice_axis, window).touching(body),
+            key=lambda windows: windows.num_computed,
+        )
+        return replace(fewest, num_in_air=len(everywhere) - fewest.num_computed)
 
     @classmethod
     def _on(cls, box: Box, patch: Sequence[int], slice_axis: int | None, window: Window) -> Windows:
