@@ -107,6 +107,10 @@ class Geometry:
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0)[: self.spatial_dims])
 
     @property
+    def num_voxels(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def voxel_ml(self) -> float:
         """Volume of a voxel; the determinant, so that sheared grids are right too."""
         return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000

@@ -71,9 +71,10 @@ def slabs(
         with torch.autocast(device.type, autocast) if autocast else nullcontext():
             predicted = network(patches)  # (B, R, patch)
         del patches
-        for numbers, patch in zip(batch, predicted.to(image.device), strict=True):
+        for n, numbers in enumerate(batch):
             yield from blended.finished(windows.start(numbers))
-            blended.add(numbers, patch)
+            blended.add(numbers, predicted[n].to(image.device))
+        del predicted  # or the next would be made beside it
     yield from blended.finished(windows.axes[windows.outer].covered)
 
 
