@@ -10,14 +10,14 @@ grid and write the highest as a .nii.gz of bytes. The network is medseg's U-Net 
 run has a process of its own in which everything is imported and the model is loaded before the clock starts; memory is
 what the process adds from there on at its peak (VmHWM, set back, − VmRSS), the GPU's not counted.
 
-`monai` is written as the spleen bundle of MONAI's model zoo is, but computes in float32 where Spacingd's default is
-float64, saves bytes, and has no softmax, which changes no label; `monai_labels` takes the argmax first and brings labels
-back by the nearest neighbor, as the whole-body bundle does: less work, and stairs at 1.5 mm. `nnunet` is nnU-Net
-(nnunetv2, wherever Python finds it) as its command line predicts without worker processes, its default functions
-resampling, `nnunet_torch` by resample_torch_fornnunet. It is let off cubic interpolation of the scan (linear here as in
-the others) and more threads than --threads. It adds logits up in half precision, and --precision is not its: fp32 on a
-CPU, fp16 on a GPU. It does not turn scans to RAS; its network's kernels are turned instead, so that it computes the
-same of a scan that lies as RAS in its file (the phantom does).
+`monai` is written as the spleen bundle of MONAI's model zoo is, but resamples in float32 where Spacingd's default is
+float64, saves bytes, and interpolates logits as the others do, where the bundle has a softmax; `monai_labels` takes the
+argmax first and brings labels back by the nearest neighbor, as the whole-body bundle does: less work, and stairs of
+1.5 mm. `nnunet` is nnU-Net (nnunetv2, wherever Python finds it) as it predicts without worker processes, its default
+functions resampling, `nnunet_torch` by resample_torch_fornnunet. It is let off cubic interpolation of the scan (linear
+here as in the others) and more threads than --threads. It adds logits up in half precision, and --precision is not its:
+fp32 on a CPU, fp16 on a GPU. It does not turn scans to RAS; the kernels' axes are swapped for it, so that it computes
+the same of a scan that lies as RAS in its file (the phantom does).
 
 At the end: windows that the network saw, and the share of voxels labelled as by medseg. They differ by window weights
 (MONAI's are never below 0.001) and places (MONAI's are no even steps), nnU-Net's half precision, and resampling: MONAI's
@@ -205,7 +205,7 @@ def nnunet_plans(options: argparse.Namespace, *, by_torch: bool) -> tuple[dict[s
     resampling: dict[str, Any] = {}
     for what in ("data", "seg", "probabilities"):
         if by_torch:
-            how = {"force_separate_z": False, "memefficient_seg_resampling": False,
+            how: dict[str, Any] = {"force_separate_z": False, "memefficient_seg_resampling": False,
                    "num_threads": torch.get_num_threads()}  # fmt: skip
         else:
             how = {"order": 1, "order_z": 0, "force_separate_z": None}
