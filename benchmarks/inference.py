@@ -104,7 +104,7 @@ def floor_side(options: argparse.Namespace) -> Callable[[], None]:
     from medseg.inference.windows import Windows
 
     network, spec = model(options), specification(options)
-    body_in = spec.channels if options.crop == "body" else ()
+    body_in = spec.channels if options.crop != "none" else ()
     prepared = preprocess([options.file], None, spec.preprocessing, body_in=body_in)
     count = Windows.over(prepared.image.shape[1:], spec.window, body=prepared.body).num_computed
     image = torch.rand(1, 1, *(options.patch,) * 3, device=options.device)
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]))
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--crop", choices=["none", "body"], default="none")
+    parser.add_argument("--crop", choices=["none", "air", "body"], default="none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--file", type=Path, help="a CT, instead of a phantom")
     parser.add_argument("--output", type=Path, help="where to write")

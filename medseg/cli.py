@@ -135,8 +135,11 @@ def predict(
         float | None, typer.Option(help="Share of a window the next one covers.  [default: the model's]")
     ] = None,
     crop: Annotated[
-        Literal["body", "none"] | None,
-        typer.Option(help="Pass over the air around a patient (CT, MR), or not.  [default: the model's]"),
+        Literal["air", "body", "none"] | None,
+        typer.Option(
+            help="Of CT and MR, pass over windows of air; or put them on the box around the body, which are fewer but "
+            "stand elsewhere.  [default: the model's]"
+        ),
     ] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs.")] = False,
     prune: Annotated[

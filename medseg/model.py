@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 Normalization = Literal["zscore", "foreground", "minmax", "none"]
 Weighting = Literal["gaussian", "constant"]
-Crop = Literal["body", "none"]
+Crop = Literal["air", "body", "none"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ class Window:
         slice_axis: For 2D networks on volumes, the axis (after orientation) the slices are cut along.
         context_slices: For 2D networks on volumes, neighbours on either side given as channels.
         mirror_axes: Axes mirrored at prediction, all combinations averaged; empty: none.
-        crop: ``body``: no windows in the air around the patient, where the scan is a CT or MR; ``none``: everywhere.
+        crop: Of a CT or MR: ``air`` passes over windows with nothing but air in them, which changes no label in the
+            patient; ``body`` puts the windows on the box around the patient, which are fewer, but stand elsewhere;
+            ``none``: everywhere.
     """
 
     patch_size: tuple[int, ...]
@@ -110,7 +112,7 @@ class Window:
     slice_axis: int = 2
     context_slices: int = 0
     mirror_axes: tuple[int, ...] = ()
-    crop: Crop = "body"
+    crop: Crop = "air"
 
 
 @dataclass(frozen=True)

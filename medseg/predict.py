@@ -63,8 +63,7 @@ def predict(
         split: Part of a manifest: ``training``, ``test`` or ``fold_N``; None: its test cases, or all
             where it has none.
         overlap: Share of a window that the next one covers again, instead of the model's.
-        crop: ``body``: pass over windows in the air around a patient, in CT and MR; ``none``: see everything; instead
-            of the model's.
+        crop: Which windows are spared, see `medseg.model.Window`; instead of the model's.
         tta: Average over mirrored copies along all axes.
         prune: Stop a UNet++ that was trained with deep supervision at this level, which is faster.
         probabilities: Write the network's probabilities too.

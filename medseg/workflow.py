@@ -145,7 +145,10 @@ class Infer(Section):
     overlap: Overlap = 0.5
     weighting: Literal["gaussian", "constant"] = "gaussian"
     mirror_axes: tuple[Literal[0, 1, 2], ...] = Field((), description="axes mirrored at prediction, averaged")
-    crop: Literal["body", "none"] = Field("body", description="body: no windows in the air around a patient (CT, MR)")
+    crop: Literal["air", "body", "none"] = Field(
+        "air",
+        description="CT and MR: air passes over windows without any of the patient, body puts them on the box around him",
+    )
     postprocess: dict[str, Any] = Field(default_factory=dict)
 
 

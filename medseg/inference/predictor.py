@@ -135,7 +135,7 @@ class Predictor:
             DataError: If the scan cannot be used, or is not like those that the model was trained on.
         """
         try:
-            body_in = self.spec.channels if self.spec.window.crop == "body" else ()
+            body_in = self.spec.channels if self.spec.window.crop != "none" else ()
             prepared = preprocess(images, None, self.spec.preprocessing, body_in=body_in)
         except DataError as error:
             if error.error_id == "E-CHANNELS":

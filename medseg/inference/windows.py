@@ -92,8 +92,7 @@ class Windows:
         Args:
             shape: Voxels along each axis.
             window: Patch, overlap and weighting.
-            body: Where the patient is: windows in the air are passed over, and stand on the box around the patient
-                if they are fewer there.
+            body: Where the patient is, which `Window.crop` needs.
         """
         slice_axis = window.slice_axis if len(window.patch_size) == 2 else None
         if len(shape) == 2:
@@ -107,16 +106,15 @@ class Windows:
         everywhere = cls._on(whole, patch, slice_axis, window)
         if body is None or window.crop == "none":
             return everywhere
-        around = tuple(
-            side if axis == slice_axis else _widened(found, read, size)  # slices want their neighbors
-            for axis, (side, found, read, size) in enumerate(zip(whole, body.box, patch, shape, strict=True))
-        )
-        fewest = min(
-            everywhere.touching(body),
-            cls._on(around, patch, slice_axis, window).touching(body),
-            key=lambda windows: windows.num_computed,
-        )
-        return replace(fewest, num_in_air=len(everywhere) - fewest.num_computed)
+        spared = everywhere.touching(body)
+        if window.crop == "body":
+            around = tuple(
+                side if axis == slice_axis else _widened(found, read, size)  # slices want their neighbors
+                for axis, (side, found, read, size) in enumerate(zip(whole, body.box, patch, shape, strict=True))
+            )
+            on_box = cls._on(around, patch, slice_axis, window).touching(body)
+            spared = min(spared, on_box, key=lambda windows: windows.num_computed)
+        return replace(spared, num_in_air=len(everywhere) - spared.num_computed)
 
     @classmethod
     def _on(cls, box: Box, patch: Sequence[int], slice_axis: int | None, window: Window) -> Windows:

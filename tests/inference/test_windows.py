@@ -69,19 +69,24 @@ def test_windows_in_the_air_change_no_label_of_the_body(labels: Labels) -> None:
 
 def test_windows_stand_on_the_box_around_a_body_if_they_are_fewer_there() -> None:
     shape = (64, 64, 64)
-    window = Window((16, 16, 16))
+    window = Window((16, 16, 16), crop="body")
     centered = Windows.over(shape, window, body=body(shape, (13, 29), (5, 40), (30, 62)))
     assert centered.box == (slice(13, 29), slice(5, 40), slice(30, 62))
     assert centered.num_computed == 1 * 4 * 3
     small = Windows.over(shape, window, body=body(shape, (0, 3), (62, 64), (30, 31)))
     assert all(side.stop - side.start == 16 for side in small.box)
     assert small.num_computed == 1
+    in_place = Windows.over(shape, replace(window, crop="air"), body=body(shape, (13, 29), (5, 40), (30, 62)))
+    assert [axis.starts for axis in in_place.axes] == [axis.starts for axis in Windows.over(shape, window).axes]
+    assert in_place.num_in_air == len(in_place) - in_place.num_computed > 0
     everything = Windows.over(shape, window, body=body(shape, (0, 64), (0, 64), (0, 64)))
     assert everything.num_computed == len(everything) == len(Windows.over(shape, window))
 
 
 def test_a_volume_smaller_than_the_patch_is_not_cropped() -> None:
-    windows = Windows.over((10, 40, 12), Window((16, 16, 16)), body=body((10, 40, 12), (4, 6), (20, 24), (0, 12)))
+    windows = Windows.over(
+        (10, 40, 12), Window((16, 16, 16), crop="body"), body=body((10, 40, 12), (4, 6), (20, 24), (0, 12))
+    )
     assert windows.box == (slice(0, 10), slice(14, 30), slice(0, 12))
 
 
@@ -100,7 +105,7 @@ def test_around_the_box_there_is_background_on_the_scans_own_grid(labels: Labels
     grid = preprocessing.geometry(source)
     center = [n // 2 for n in grid.shape]
     inside = body(grid.shape, *((c - 5, c + 5) for c in center))
-    spec = ModelSpec("net", {}, 3, ("CT",), labels, preprocessing, Window((8, 8, 8)))
+    spec = ModelSpec("net", {}, 3, ("CT",), labels, preprocessing, Window((8, 8, 8), crop="body"))
     network = Counting(labels.num_outputs)
     network.layer.weight.data.zero_()
     network.layer.bias.data = torch.tensor([-1.0] * (labels.num_outputs - 1) + [1.0])  # label 2 wherever it looks
