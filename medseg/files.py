@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,12 +22,12 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{uuid.uuid4().hex[:8]}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that a reader, or a kill at any moment, sees the old one or the new one whole."""
+def write_atomically(path: Path, content: bytes | memoryview | Iterator[bytes]) -> None:
+    """Write a file, all at once or in pieces; a reader, or a kill at any moment, sees the old one or the new one whole."""
     temporary = temporary_path(path)
     try:
         with temporary.open("wb") as stream:
-            stream.write(content)
+            stream.writelines(content if isinstance(content, Iterator) else [content])
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -191,6 +191,16 @@ def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> 
     write_atomically(folder / "model.json", json.dumps(described, indent=2).encode() + b"\n")
 
 
+def set_postprocess(folder: Path, steps: Mapping[str, Any]) -> None:
+    """Write other post-processing into a model's folder.
+
+    Raises:
+        ModelError: See `load_spec`.
+    """
+    described = {**_read_json(folder), "postprocess": dict(steps)}
+    write_atomically(folder / "model.json", json.dumps(described, indent=2).encode() + b"\n")
+
+
 def load_spec(folder: Path) -> ModelSpec:
     """Read model.json alone.
 

@@ -19,7 +19,7 @@ import numpy as np
 from medseg.build.data import TrainingData, manifest, training_data
 from medseg.build.model import Hardware, specification
 from medseg.build.provenance import MANIFEST_TAG, run_tags, workflow_tags
-from medseg.build.scoring import dice_result, score_held_out
+from medseg.build.scoring import choose_postprocessing, dice_result, score_held_out, score_postprocessed
 from medseg.build.training import balanced, check_parts, listener, recorded
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
@@ -27,7 +27,7 @@ from medseg.data.manifest import Manifest
 from medseg.display import console, track
 from medseg.errors import Interrupted, TrainingError, WorkflowError
 from medseg.metrics.table import PER_CASE, read_table, write_table
-from medseg.model import save_model
+from medseg.model import load_spec, save_model
 from medseg.reporting.run import PREDICTIONS
 from medseg.reporting.run_page import REPORT, write_run_page
 from medseg.tracking.mlflow_tracker import MlflowTracker
@@ -185,6 +185,10 @@ def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Prog
         scores[which] = score_held_out(
             plan, data, folder.path, weights=weights[which], device=device, called=which, keep_in=keep_in
         )
+        if keep_in and plan.infer.postprocess == "auto" and choose_postprocessing(data, folder.model, keep_in):
+            scores[which] = score_postprocessed(
+                plan, data, folder.path, weights=weights[which], device=device, kept_in=keep_in
+            )
     write_table(folder.path / PER_CASE, scores["best"])
     found = {
         "best": {"step": progress.best_step, **dice_result(scores["best"], organs)},
@@ -204,6 +208,7 @@ def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Prog
         "manifest_sha256": provenance[MANIFEST_TAG],
         "fold": data.fold,
         "model_dir": str(folder.model),
+        "postprocess": dict(load_spec(folder.model).postprocess),
         "pictures": str(folder.pictures),
         "per_case": str(folder.path / PER_CASE),
         **found,

@@ -149,7 +149,16 @@ class Infer(Section):
         "air",
         description="CT and MR: air passes over windows without any of the patient, body puts them on the box around him",
     )
-    postprocess: dict[str, Any] = Field(default_factory=dict)
+    postprocess: dict[str, Any] | Literal["auto"] = Field(
+        default_factory=dict,
+        description="{keep_largest: [organ], min_volume_ml: {organ: ml}, fill_holes: [organ]}, in the order wanted; "
+        "auto: chosen at the end of a training on the held-out cases",
+    )
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """The post-processing that is known before a training."""
+        return {} if self.postprocess == "auto" else self.postprocess
 
 
 class Track(Section):

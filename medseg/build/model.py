@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,17 @@ from torch import Tensor, nn
 
 from medseg.data.manifest import Manifest
 from medseg.errors import ModelError, WorkflowError
+from medseg.inference.ensemble import Member
 from medseg.inference.predictor import Precision, Predictor
 from medseg.model import Crop, ModelSpec, Preprocessing, Window, load_model
 from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
 from medseg.registry import check_arguments
 from medseg.tracking.models import model_folder
+from medseg.training.run_folder import FOLDS
 from medseg.workflow import Workflow
+
+log = logging.getLogger("medseg")
 
 NETWORK_PARAMETERS = ("spatial_dims", "in_channels", "out_channels", "deep_supervision")
 """What medseg passes to every network itself."""
@@ -69,7 +75,7 @@ def specification(
             mirror_axes=workflow.infer.mirror_axes,
             crop=workflow.infer.crop,
         ),
-        postprocess=workflow.infer.postprocess,
+        postprocess=workflow.infer.steps,
         provenance=provenance or {},
     )
 
@@ -100,7 +106,7 @@ def network(spec: ModelSpec, *, deep_supervision: bool = False) -> nn.Module:
 
 
 def predictor(
-    model: str,
+    model: str | Sequence[str],
     *,
     device: str = "auto",
     overlap: float | None = None,
@@ -111,23 +117,45 @@ def predictor(
     weights: Mapping[str, Tensor] | None = None,
     precision: Precision = "auto",
 ) -> Predictor:
-    """A trained model, ready to segment.
+    """A trained model, or several whose predictions are averaged, ready to segment.
 
     Args:
-        model: A model folder, a run folder, an MLflow run id, or ``models:/name@alias``.
+        model: A model folder, a run folder, an MLflow run id, or ``models:/name@alias``; of a cross-validation's run
+            folder all folds. Or several of them.
         device: ``auto``, ``cpu`` or ``cuda``.
         overlap: Instead of the model's own, as is `crop`.
         crop: See `medseg.model.Window`.
         tta: Mirror along all axes.
         pruned_at: The level at which a UNet++ stops.
         tracking_uri: Where to look for run ids.
-        weights: Instead of the stored ones.
+        weights: Instead of the stored ones of the one model.
         precision: ``auto``, ``fp32`` or ``bf16``.
 
     Raises:
-        ModelError: If the model cannot be found or read, or was not trained to be pruned.
+        ModelError: If a model cannot be found or read, was not trained to be pruned, or finds other organs than the
+            others.
     """
-    spec, stored = load_model(find_model(model, tracking_uri))
+    named = [model] if isinstance(model, str) else model
+    folders = list(dict.fromkeys(folder for name in named for folder in find_models(name, tracking_uri)))
+    members = [
+        _member(folder, overlap=overlap, crop=crop, tta=tta, pruned_at=pruned_at, weights=weights) for folder in folders
+    ]
+    first, *others = members
+    chosen = Hardware(device).accelerator
+    return Predictor(first.spec, first.network, name=first.name, others=others, device=chosen, precision=precision)
+
+
+def _member(
+    folder: Path,
+    *,
+    overlap: float | None,
+    crop: Crop | None,
+    tta: bool,
+    pruned_at: int | None,
+    weights: Mapping[str, Tensor] | None,
+) -> Member:
+    model = str(folder)
+    spec, stored = load_model(folder)
     if pruned_at is not None:
         spec = _pruned(spec, stored, pruned_at, model)
     window = spec.window
@@ -140,7 +168,7 @@ def predictor(
         window = replace(window, mirror_axes=axes)
     net = network(spec)
     _load(net, weights or stored, model)
-    return Predictor(replace(spec, window=window), net, device=Hardware(device).accelerator, precision=precision)
+    return Member(replace(spec, window=window), net, model)
 
 
 def _pruned(spec: ModelSpec, weights: Mapping[str, Tensor], level: int, model: str) -> ModelSpec:
@@ -166,17 +194,39 @@ def _load(net: nn.Module, weights: Mapping[str, Tensor], model: str) -> None:
 
 
 def find_model(model: str, tracking_uri: str | None = None) -> Path:
-    """The folder with model.json that a MODEL argument means."""
+    """The folder with model.json that a MODEL argument means, where it can be but one."""
+    folders = find_models(model, tracking_uri)
+    if len(folders) > 1:
+        message = f"holds a model for each of {len(folders)} folds; name one of them, e.g. {folders[0].parent}"
+        raise ModelError("E-MODEL", message, where=model)
+    return folders[0]
+
+
+def find_models(model: str, tracking_uri: str | None = None) -> list[Path]:
+    """The folders with model.json that a MODEL argument means: one, or of a cross-validation one a fold.
+
+    Raises:
+        ModelError: If there is none.
+    """
     path = Path(model)
     for folder in (path, path / "model"):
         if (folder / "model.json").exists():
-            return folder
-    folds = sorted(path.glob("fold_*/model/model.json"))
+            return [folder]
+    folds = sorted(file.parent for file in path.glob("fold_*/model/model.json"))
     if folds:
-        message = f"holds a model for each of {len(folds)} folds; name one of them, e.g. {folds[0].parents[1]}"
-        raise ModelError("E-MODEL", message, where=model)
+        _tell_missing_folds(path, len(folds))
+        return folds
     if path.is_dir():
         raise ModelError(
             "E-MODEL", "holds no model.json; name a model folder, or a run folder whose training has ended", where=model
         )
-    return model_folder(model, tracking_uri)
+    return [model_folder(model, tracking_uri)]
+
+
+def _tell_missing_folds(run: Path, num_found: int) -> None:
+    try:
+        num_folds = len(json.loads((run / FOLDS).read_text()))
+    except (OSError, ValueError):  # models that somebody has put together
+        return
+    if num_found < num_folds:
+        log.warning("W-FOLDS %s: %d of its %d folds have a model; they are averaged", run, num_found, num_folds)

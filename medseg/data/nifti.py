@@ -37,7 +37,7 @@ def read_nifti_volume(path: Path, *, assume_spacing_mm: Sequence[float] | None =
 def write_nifti(path: Path, volume: Volume) -> None:
     """Write a volume; compressed if the name ends in .gz. Only a complete file is ever visible."""
     pieces = _nifti_bytes(volume)
-    write_atomically(path, b"".join(_compressed(pieces) if path.name.lower().endswith(".gz") else pieces))
+    write_atomically(path, _compressed(pieces) if path.name.lower().endswith(".gz") else pieces)
 
 
 def _voxels(header: NiftiHeader, content: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:

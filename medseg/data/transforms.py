@@ -49,6 +49,7 @@ class Prepared:
         modalities: See `Volume`.
         shows_text: See `Volume`.
         body: Where the patient is in these arrays, where that was asked for and can be told.
+        others: The same scan for models of an ensemble that want it prepared otherwise.
     """
 
     image: npt.NDArray[np.float32]
@@ -60,6 +61,7 @@ class Prepared:
     modalities: tuple[str | None, ...] = ()
     shows_text: bool = False
     body: Body | None = None
+    others: tuple[Prepared, ...] = ()
 
 
 class LoadVolumed(MapTransform):

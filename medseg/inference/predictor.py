@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,14 +19,16 @@ from medseg.data.checks import check_modalities, hounsfield_fault
 from medseg.data.sources import Source
 from medseg.data.transforms import Prepared, preprocess
 from medseg.errors import DataError
-from medseg.geometry import Geometry, Volume
-from medseg.inference.postprocess import check_steps
-from medseg.inference.restore import restored
-from medseg.inference.sliding_window import slabs
+from medseg.geometry import Volume
+from medseg.inference.ensemble import Averaged, Member, Planes, averaged, grouped, voted
+from medseg.inference.postprocess import check_steps, postprocess
+from medseg.inference.restore import PICTURE_AXIS, Place, resampled_planes, restored, room_for_probabilities, solid
+from medseg.inference.sliding_window import Clock, slabs
 from medseg.inference.tta import Mirrored
+from medseg.inference.uncertainty import Uncertainty, Votes
 from medseg.inference.windows import Windows
 from medseg.memory import is_out_of_memory
-from medseg.model import ModelSpec
+from medseg.model import ModelSpec, Preprocessing
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -31,6 +36,10 @@ log = logging.getLogger("medseg")
 
 SLICES_AT_ONCE = 8
 """Windows in a batch for networks on slices; a single slice keeps no processor busy."""
+
+
+TOWARDS_THE_HEAD = 2
+"""The axis that points the same way in every orientation that preprocessing offers."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,36 @@ class Segmentation:
             network's: post-processing changes the label map alone.
         num_windows: What the network was asked for.
         num_in_air: Windows that it was spared, see `medseg.model.Window`.
+        network_seconds: How long networks computed.
+        uncertainty: Of the case, 0 to 1, if asked for: the higher, the sooner a person should look at it. See
+            `medseg.inference.uncertainty`; a scan that shows nothing has 1.
+        uncertainties: Of each organ.
+        agreement: Of the models of an ensemble, else of mirrored copies: share of the voxels that one of them gives to
+            an organ on which all say the same. Within models that share windows, of the windows' voxels. None where
+            there is one model and no mirroring, where nothing was found, or if no uncertainty was asked for.
+        entropy: (1, I, J[, K]), uint8, on the same grid, if asked for: of each voxel's probabilities, from 0 (certain)
+            to 100 (no idea).
     """
 
     label: Volume
     probabilities: Volume | None = None
     num_windows: int = 0
     num_in_air: int = 0
+    network_seconds: float = 0.0
+    uncertainty: float | None = None
+    uncertainties: dict[str, float] = field(default_factory=dict)
+    agreement: float | None = None
+    entropy: Volume | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a segmentation is to have beside its label map; see `Predictor.segment`."""
+
+    probabilities: bool = False
+    probabilities_to: Path | None = None
+    uncertainty: bool = False
+    entropy: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,18 +110,39 @@ def ways(device: torch.device, batch_size: int) -> tuple[Way, ...]:
     return tuple(dict.fromkeys(found))
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A network that sees windows of its own.
+
+    Args:
+        spec: Says which.
+        network: Of one model, or of several that see the same.
+        count: How many.
+        preparation: Number of the way that scans are prepared for it.
+    """
+
+    spec: ModelSpec
+    network: nn.Module
+    count: int
+    preparation: int
+
+
 class Predictor:
-    """A trained model, ready to segment.
+    """A trained model, or several whose predictions are averaged, ready to segment.
 
     Args:
         spec: What the model is.
         network: With its weights; put into eval mode and on the device.
+        name: What messages call it beside others.
+        others: Models to be averaged with it. Those with its preprocessing and window cost their networks' time and
+            no more; the others' probabilities are averaged on the scan's grid. Post-processing is what most of them say.
         device: ``cpu``, ``cuda``, ``cuda:1`` …
         precision: ``auto`` is bf16 where the hardware has it, else fp32.
         batch_size: Windows predicted at once; None: 1, or `SLICES_AT_ONCE` for networks on slices.
 
     Raises:
         WorkflowError: If the model names unknown post-processing, or cannot be mirrored as it says.
+        ModelError: If the models do not find the same organs in the same channels.
     """
 
     def __init__(
@@ -96,33 +150,59 @@ class Predictor:
         spec: ModelSpec,
         network: nn.Module,
         *,
+        name: str = "the first model",
+        others: Sequence[Member] = (),
         device: str | torch.device = "cpu",
         precision: Precision = "auto",
         batch_size: int | None = None,
     ) -> None:
-        self.spec = spec
+        members = [Member(spec, network, name), *others]
         self.device = torch.device(device)
-        if spec.window.mirror_axes:
-            network = Mirrored(network, spec.window.mirror_axes, spec.labels)
-        self.network = network.to(self.device).eval()
+        groups = grouped(members)
+        for member in members:
+            check_steps(member.spec.postprocess, spec.labels)
+        self.spec = replace(spec, postprocess=voted([member.spec.postprocess for member in members]))
+        self._preparations: list[Preprocessing] = []
+        for of_group, *_ in groups:
+            if of_group.preprocessing not in self._preparations:
+                self._preparations.append(of_group.preprocessing)
+        self._parts = [
+            _Part(of_group, net.to(self.device).eval(), count, self._preparations.index(of_group.preprocessing))
+            for of_group, net, count in groups
+        ]
         if precision == "auto":
             precision = "bf16" if has_bf16(self.device.type) else "fp32"
         self.autocast = torch.bfloat16 if precision == "bf16" else None
-        self.batch_size = batch_size or (SLICES_AT_ONCE if spec.spatial_dims == 2 else 1)
+        on_slices = all(part.spec.spatial_dims == 2 for part in self._parts)
+        self.batch_size = batch_size or (SLICES_AT_ONCE if on_slices else 1)
         self._ways = ways(self.device, self.batch_size)
-        self._steps = check_steps(spec.postprocess, spec.labels)
+        self._steps = check_steps(self.spec.postprocess, spec.labels)
 
-    def segment(self, images: Sequence[Source], *, with_probabilities: bool = False) -> Segmentation:
+    def segment(
+        self,
+        images: Sequence[Source],
+        *,
+        with_probabilities: bool = False,
+        probabilities_to: Path | None = None,
+        with_uncertainty: bool = False,
+        with_entropy: bool = False,
+    ) -> Segmentation:
         """Segment a scan.
 
         Args:
             images: One file (or volume in memory) with all channels, or one a channel.
             with_probabilities: Whether to return them too.
+            probabilities_to: File to hold them instead of memory, to be deleted when they are no longer needed.
+            with_uncertainty: Whether to say how sure the prediction is.
+            with_entropy: Whether to do so for each voxel too.
 
         Raises:
             DataError: If the scan cannot be used.
         """
-        return self.segment_prepared(self.prepare(images), with_probabilities=with_probabilities)
+        return self.segment_prepared(
+            self.prepare(images), with_probabilities=with_probabilities, probabilities_to=probabilities_to,
+            with_uncertainty=with_uncertainty, with_entropy=with_entropy,
+        )  # fmt: skip
 
     def prepare(self, images: Sequence[Source], *, any_modality: bool = False) -> Prepared:
         """Read and preprocess a scan: the part that needs no network, and may run ahead in a thread.
@@ -135,8 +215,10 @@ class Predictor:
             DataError: If the scan cannot be used, or is not like those that the model was trained on.
         """
         try:
-            body_in = self.spec.channels if self.spec.window.crop != "none" else ()
-            prepared = preprocess(images, None, self.spec.preprocessing, body_in=body_in)
+            prepared, *others = (
+                preprocess(images, None, preprocessing, body_in=self._body_in(preprocessing))
+                for preprocessing in self._preparations
+            )
         except DataError as error:
             if error.error_id == "E-CHANNELS":
                 error.message += (
@@ -148,7 +230,9 @@ class Predictor:
         for channel, (low, high) in zip(self.spec.channels, prepared.ranges, strict=False):
             if fault := hounsfield_fault(channel, low, high):
                 log.warning("W-HU %s: %s", prepared.name, fault)
-        takes_pictures = self.spec.spatial_dims == 2 and not self.spec.window.context_slices
+        takes_pictures = all(
+            part.spec.spatial_dims == 2 and not part.spec.window.context_slices for part in self._parts
+        )
         if prepared.source.spatial_dims != 3 and not takes_pictures:
             raise DataError(
                 "E-SPATIAL-DIMS",
@@ -156,20 +240,34 @@ class Predictor:
                 "stack the slices into one file",
                 where=prepared.name,
             )
-        return prepared
+        return replace(prepared, others=tuple(others)) if others else prepared
 
-    def segment_prepared(self, prepared: Prepared, *, with_probabilities: bool = False) -> Segmentation:
-        """Segment what `prepare` returned; of a scan that shows nothing, nothing is segmented."""
-        shows_something = any(np.ptp(channel) for channel in prepared.image)
+    def segment_prepared(
+        self,
+        prepared: Prepared,
+        *,
+        with_probabilities: bool = False,
+        probabilities_to: Path | None = None,
+        with_uncertainty: bool = False,
+        with_entropy: bool = False,
+    ) -> Segmentation:
+        """Segment what `prepare` returned, as `segment` does; of a scan that shows nothing, nothing is segmented."""
+        wanted = Wanted(
+            with_probabilities or probabilities_to is not None,
+            probabilities_to,
+            with_uncertainty or with_entropy,
+            with_entropy,
+        )
+        shows_something = any(np.ptp(channel) for seen in (prepared, *prepared.others) for channel in seen.image)
         if shows_something:
-            found = self._segmented(prepared, with_probabilities=with_probabilities)
+            found = self._segmented(prepared, wanted)
         else:
             log.warning("W-EMPTY %s: shows nothing after clipping; so does the segmentation", prepared.name)
-            found = self._nothing(prepared.source, with_probabilities=with_probabilities)
-        array = found.label.array[0]
-        for step, values in self._steps:
-            array = step(array, values)
-        if shows_something and not array.any():
+            found = self._collected(iter(()), prepared, PICTURE_AXIS, wanted)
+            if wanted.uncertainty:
+                found = replace(found, uncertainty=1.0)
+        self._postprocess(found.label, prepared.name)
+        if shows_something and not found.label.array.any():
             log.warning("W-EMPTY-PREDICTION %s: nothing was found in it", prepared.name)
         if not prepared.source.is_orthogonal:
             log.warning(
@@ -177,44 +275,124 @@ class Predictor:
                 "tools refuse to open; segment what medseg data convert makes of it to have both straight",
                 prepared.name,
             )
-        return replace(found, label=Volume(array[None], found.label.geometry))
+        return found
 
-    def _segmented(self, prepared: Prepared, *, with_probabilities: bool) -> Segmentation:
+    def postprocessed(self, label: Volume) -> Volume:
+        """A label map (1, I, J[, K]) after the model's post-processing."""
+        after = replace(label, array=label.array.copy())
+        self._postprocess(after, "a label map")
+        return after
+
+    def _postprocess(self, label: Volume, name: str) -> None:
+        is_picture = label.geometry.spatial_dims == 2
+        if is_picture and any(step.name == "min_volume_ml" for step in self._steps):
+            log.warning("W-POSTPROCESS %s: min_volume_ml has no meaning in a picture and is left out", name)
+        voxel_ml = math.nan if is_picture else label.geometry.voxel_ml
+        postprocess(label.array[0], self._steps, voxel_ml)
+
+    def _segmented(self, prepared: Prepared, wanted: Wanted) -> Segmentation:
         """What the network says, in the first of the ways that memory suffices for."""
         for way, easier in pairwise(self._ways):
             try:
-                return self._predicted(prepared, way, with_probabilities=with_probabilities)
+                return self._predicted(prepared, way, wanted)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
             log.warning("W-MEMORY %s: out of memory with %s; going on with %s", prepared.name, way, easier)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return self._predicted(prepared, self._ways[-1], with_probabilities=with_probabilities)
+        return self._predicted(prepared, self._ways[-1], wanted)
 
-    def _predicted(self, prepared: Prepared, way: Way, *, with_probabilities: bool) -> Segmentation:
-        image = torch.from_numpy(prepared.image).to(way.sums_on)
-        windows = Windows.over(image.shape[1:], self.spec.window, body=prepared.body)
+    def _predicted(self, prepared: Prepared, way: Way, wanted: Wanted) -> Segmentation:
+        every = self._windows(prepared)
+        is_picture = prepared.source.spatial_dims == 2
+        axis = PICTURE_AXIS if is_picture else every[0].outer
+        clock, votes = Clock(), Votes() if wanted.uncertainty else None
+        streams = [
+            self._planes(part, prepared, windows, way, axis=axis, clock=clock, votes=votes)
+            for part, windows in zip(self._parts, every, strict=True)
+        ]
+        of_models = votes if len(streams) > 1 else None
+        planes = averaged(streams, [part.count for part in self._parts], self.spec.labels, of_models)
+        found = self._collected(planes, prepared, axis, wanted)
+        return replace(
+            found,
+            num_windows=sum(windows.num_computed for windows in every),
+            num_in_air=sum(windows.num_in_air for windows in every),
+            network_seconds=clock.seconds,
+            agreement=votes.share if votes else None,
+        )
+
+    def _windows(self, prepared: Prepared) -> list[Windows]:
+        """Of each part; all in order along the same axis, and in the same direction."""
+        directions = {part.spec.preprocessing.orientation for part in self._parts}
+        assert len({direction[TOWARDS_THE_HEAD] for direction in directions}) == 1
+        outer = TOWARDS_THE_HEAD if len(directions) > 1 else None
+        found = []
+        for part in self._parts:
+            seen = (prepared, *prepared.others)[part.preparation]
+            found.append(Windows.over(seen.image.shape[1:], part.spec.window, body=seen.body, outer=outer))
+            outer = found[0].outer
+        return found
+
+    def _planes(
+        self,
+        part: _Part,
+        prepared: Prepared,
+        windows: Windows,
+        way: Way,
+        *,
+        axis: int,
+        clock: Clock,
+        votes: Votes | None,
+    ) -> Planes:
+        """What a part says, on the scan's grid, its axes laid as those of the first part's."""
+        seen = (prepared, *prepared.others)[part.preparation]
+        network = part.network.to(way.device)
+        votes_here = votes if len(self._parts) == 1 and isinstance(network, Averaged | Mirrored) else None
         predicted = slabs(
-            image,
-            self.network.to(way.device),
+            torch.from_numpy(seen.image).to(way.sums_on),
+            partial(network, votes=votes_here) if votes_here else network,
             windows,
             background=self.spec.labels.background,
             batch_size=way.batch_size,
             autocast=self.autocast,
             device=way.device,
+            clock=clock,
         )
-        label, probabilities = restored(
-            predicted,
-            self.spec.labels,
-            axis=windows.outer,
-            grid=prepared.geometry,
-            source=prepared.source,
-            orientation=self.spec.preprocessing.orientation,
-            box=windows.box,
-            with_probabilities=with_probabilities,
+        orientation, first = part.spec.preprocessing.orientation, self.spec.preprocessing.orientation
+        place = Place(prepared.source, orientation, axis)
+        grid = solid(seen.geometry)
+        is_picture = prepared.source.spatial_dims == 2
+        box = tuple(slice(0, n) for n in grid.shape) if is_picture else windows.box
+        planes = resampled_planes(
+            predicted, self.spec.labels.background, box=box, grid=grid, target=place.target, axis=axis
         )
-        return Segmentation(label, probabilities, windows.num_computed, windows.num_in_air)
+        turned = [a for a in range(3) if orientation[a] != first[a] and not is_picture]
+        dims = [1 + (a if a < axis else a - 1) for a in turned]
+        return ((number, plane.flip(dims)) for number, plane in planes) if dims else planes
+
+    def _collected(self, planes: Planes, prepared: Prepared, axis: int, wanted: Wanted) -> Segmentation:
+        """Planes on the scan's grid, and what they say of it."""
+        labels, source = self.spec.labels, prepared.source
+        place = Place(source, self.spec.preprocessing.orientation, axis)
+        chances = room_for_probabilities(labels, place, wanted.probabilities_to) if wanted.probabilities else None
+        uncertainty = Uncertainty(labels) if wanted.uncertainty else None
+        entropy = np.zeros((1, *source.shape), np.uint8) if wanted.entropy else None
+        label = restored(planes, labels, place, chances=chances, uncertainty=uncertainty, entropy=entropy)
+        doubts = uncertainty.result() if uncertainty else None
+        return Segmentation(
+            label,
+            None if chances is None else Volume(chances, source),
+            uncertainty=doubts.case if doubts else None,
+            uncertainties=doubts.organs if doubts else {},
+            entropy=None if entropy is None else Volume(entropy, source),
+        )
+
+    def _body_in(self, preprocessing: Preprocessing) -> Sequence[str]:
+        """The channels in which the body is looked for, where a network is to be spared the air."""
+        crops = [part.spec.window.crop for part in self._parts if part.spec.preprocessing == preprocessing]
+        return self.spec.channels if {"air", "body"}.intersection(crops) else ()
 
     def _check_modality(self, prepared: Prepared, *, any_modality: bool) -> None:
         try:
@@ -227,17 +405,6 @@ class Predictor:
                     where=error.where,
                 ) from None
             log.warning("W-MODALITY %s: %s", prepared.name, error.message)
-
-    def _nothing(self, source: Geometry, *, with_probabilities: bool) -> Segmentation:
-        """Background, with certainty."""
-        labels = self.spec.labels
-        label = Volume(np.zeros((1, *source.shape), labels.dtype), source)
-        if not with_probabilities:
-            return Segmentation(label)
-        probabilities = np.zeros((labels.num_outputs, *source.shape), np.float32)
-        if not labels.regions:
-            probabilities[0] = 1
-        return Segmentation(label, Volume(probabilities, source))
 
 
 def has_bf16(device_type: str) -> bool:

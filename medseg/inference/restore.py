@@ -3,72 +3,131 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from medseg.data.body import Box
 from medseg.geometry import Array, Geometry, Volume
+from medseg.inference.ensemble import probabilities
 from medseg.inference.sliding_window import Slab
+from medseg.inference.uncertainty import PERCENT, Uncertainty
 from medseg.labels import Labels
+
+PICTURE_AXIS = 2
+"""The axis that the one slice of a picture lies across."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a scan's or picture's planes are to go: one after the other on its own grid.
+
+    Args:
+        source: The grid; its axes need not be orthogonal.
+        orientation: The orientation of the network's grid, e.g. ``"RAS"``.
+        axis: The one of the network's grid that planes follow each other along; `PICTURE_AXIS` for pictures.
+    """
+
+    source: Geometry
+    orientation: str
+    axis: int
+
+    @property
+    def target(self) -> Geometry:
+        """The scan's grid, its axes laid as those of the network's grid; of a picture, a slice thick."""
+        return solid(self.source).oriented(self._orientation)
+
+    @property
+    def axis_of_source(self) -> int:
+        """The scan's axis that planes follow each other along."""
+        return solid(self.source).axes_to(self._orientation)[0][self.axis]
+
+    def put(self, plane: npt.NDArray[Any], number: int, into: npt.NDArray[Any]) -> None:
+        """Write a plane (C, A, B) into an array (C, I, J[, K]) on the scan's grid."""
+        whole = into if self.source.spatial_dims == 3 else into[..., None]
+        order, flips = solid(self.source).axes_to(self._orientation)
+        turned = whole.transpose(0, *(axis + 1 for axis in order))
+        turned = turned[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
+        turned[(slice(None),) * (1 + self.axis) + (number,)] = plane
+
+    @property
+    def _orientation(self) -> str:
+        return self.orientation if self.source.spatial_dims == 3 else solid(self.source).orientation  # as it lies
 
 
 def restored(
-    slabs: Iterable[Slab],
+    planes: Iterable[tuple[int, Tensor]],
     labels: Labels,
+    place: Place,
     *,
-    axis: int,
-    grid: Geometry,
-    source: Geometry,
-    orientation: str,
-    box: Box | None = None,
-    with_probabilities: bool = False,
-) -> tuple[Volume, Volume | None]:
-    """Bring a prediction back to the scan or picture it was made for, while it is being made.
-
-    Logits are interpolated linearly, the outermost ones reaching to the edge, and decided on the
-    scan's voxels. Of the scan's size only one plane is held for all channels.
+    chances: npt.NDArray[np.float32] | None = None,
+    uncertainty: Uncertainty | None = None,
+    entropy: npt.NDArray[np.uint8] | None = None,
+) -> Volume:
+    """Decide on the scan's voxels, plane by plane.
 
     Args:
-        slabs: Logits on `grid`, or a box of it, all planes in order.
+        planes: Number and logits (R, A, B) of the planes that are not background alone.
         labels: What the channels are.
-        axis: The one that planes follow each other along; of a picture it does not matter.
-        grid: `Preprocessing.geometry` of `source`.
-        source: The scan's grid; its axes need not be orthogonal.
-        orientation: The orientation of `grid`, e.g. ``"RAS"``.
-        box: The part of `grid` that the logits are of, background being around it; None: all of it.
-        with_probabilities: Whether to return probabilities too; they take R times the scan's memory.
+        place: Where they go.
+        chances: Filled with the probabilities, (R, I, J[, K]); see `room_for_probabilities`.
+        uncertainty: Told of every plane.
+        entropy: Filled with its entropies in percent, (1, I, J[, K]).
 
     Returns:
-        The label map (1, I, J[, K]), uint8 or int16, and the probabilities (R, I, J[, K]), float32, or
-        None; both with `source` as geometry.
+        The label map (1, I, J[, K]), uint8 or int16, on the scan's grid.
     """
-    if source.spatial_dims == 2:
-        thick = _one_slice(source)
-        label, probabilities = restored(
-            slabs, labels, axis=2,
-            grid=_one_slice(grid), source=thick, orientation=thick.orientation, with_probabilities=with_probabilities,
-        )  # fmt: skip
-        return Volume(label.array[..., 0], source), probabilities and Volume(probabilities.array[..., 0], source)
-    target = source.oriented(orientation)
-    found = np.zeros((1, *source.shape), labels.dtype)
-    chances = np.zeros((labels.num_outputs, *source.shape), np.float32) if with_probabilities else None
-    if chances is not None and not labels.regions:
-        chances[0] = 1
-    box = box or tuple(slice(0, n) for n in grid.shape)
-    planes = resampled_planes(slabs, labels.background, box=box, grid=grid, target=target, axis=axis)
-    for number, plane in planes:  # (R, A, B)
-        place = (slice(None),) * (1 + axis) + (number,)
-        _as_oriented(found, source, orientation)[place] = labels.segment(plane[None]).cpu().numpy()
+    found = np.zeros((1, *place.source.shape), labels.dtype)
+    for number, plane in planes:
+        label = labels.segment(plane[None])
+        place.put(label.cpu().numpy(), number, found)
         if chances is not None:
-            of_plane = plane.sigmoid() if labels.regions else plane.softmax(dim=0)
-            _as_oriented(chances, source, orientation)[place] = of_plane.cpu().numpy()
-    return Volume(found, source), None if chances is None else Volume(chances, source)
+            place.put(probabilities(plane, labels).cpu().numpy(), number, chances)
+        if uncertainty is not None:
+            of_plane = uncertainty.add(plane, label[0])
+            if entropy is not None:
+                place.put((of_plane[None] * PERCENT).round().byte().cpu().numpy(), number, entropy)
+    return Volume(found, place.source)
+
+
+def room_for_probabilities(labels: Labels, place: Place, file: Path | None = None) -> npt.NDArray[np.float32]:
+    """An array (R, I, J[, K]) for them, background as yet: in memory, or of a file that takes its place.
+
+    Args:
+        labels: What the channels are.
+        place: Where planes will go; those of a channel lie one after the other in the file.
+        file: Made, R times four bytes a voxel large. Nothing but the array says what is in it: it is to be deleted.
+
+    Raises:
+        OSError: If the disk has not that much room.
+    """
+    shape = (labels.num_outputs, *place.source.shape)
+    if file is None:
+        chances = np.zeros(shape, np.float32)
+    else:
+        with file.open("wb") as stream:
+            if hasattr(os, "posix_fallocate"):  # a disk that is found full later would kill the process
+                os.posix_fallocate(stream.fileno(), 0, 4 * math.prod(shape))
+        along = 1 + place.axis_of_source if place.source.spatial_dims == 3 else 2
+        order = (0, along, *(axis for axis in reversed(range(1, len(shape))) if axis != along))
+        stored = np.memmap(file, np.float32, "r+", shape=tuple(shape[axis] for axis in order))
+        chances = stored.transpose(np.argsort(order))
+    if not labels.regions:
+        chances[0] = 1
+    return chances
+
+
+def solid(grid: Geometry) -> Geometry:
+    """A volume's grid as it is; a picture's as that of a volume with one slice."""
+    return grid if grid.spatial_dims == 3 else Geometry((*grid.shape, 1), grid.affine)
 
 
 def resampled_planes(
@@ -236,14 +295,3 @@ class _Sampled:
         where = torch.from_numpy(position.astype(np.float32))[None].to(block.device)
         sampled = F.grid_sample(block[None], where, padding_mode="border", align_corners=True)[0]
         return sampled.squeeze(1 + self.axis)
-
-
-def _one_slice(picture: Geometry) -> Geometry:
-    return Geometry((*picture.shape, 1), picture.affine)
-
-
-def _as_oriented(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], source: Geometry, orientation: str) -> Array:
-    """A view of an array (C, I, J, K) on the source's grid whose axes lie as `Volume.oriented` lays them."""
-    order, flips = source.axes_to(orientation)
-    turned = array.transpose(0, *(axis + 1 for axis in order))
-    return turned[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]  # type: ignore[return-value]

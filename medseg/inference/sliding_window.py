@@ -6,14 +6,15 @@ deep as a patch is therefore all that is held of the logits, however long the sc
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medseg.inference.windows import Numbers, Windows
 from medseg.labels import Labels
@@ -36,16 +37,49 @@ class Slab:
     planes: Tensor
 
 
+class Clock:
+    """Adds up the time that networks compute. A GPU is not waited for until the sum is asked for."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Count what is computed inside."""
+        if device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+            return
+        stream = torch.cuda.current_stream(device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(stream)
+        yield
+        end.record(stream)
+        self._events.append((begin, end))
+
+    @property
+    def seconds(self) -> float:
+        """The sum."""
+        for begin, end in self._events:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
+
+
 @torch.inference_mode()
 def slabs(
     image: Tensor,
-    network: nn.Module,
+    network: Callable[[Tensor], Tensor],
     windows: Windows,
     *,
     background: Sequence[float],
     batch_size: int = 1,
     autocast: torch.dtype | None = None,
     device: torch.device | None = None,
+    clock: Clock | None = None,
 ) -> Iterator[Slab]:
     """Predict a volume or picture, from one end of the outer axis to the other.
 
@@ -58,17 +92,18 @@ def slabs(
         batch_size: Windows given to the network at once.
         autocast: Lower precision for the network, e.g. ``torch.bfloat16``; None leaves it as it is.
         device: Where the network is; None: where the image is. Else windows travel there and back.
+        clock: Told how long the network computes.
 
     Yields:
         All planes of the windows' box, in order, each once.
     """
     padded = windows.padded(image.unsqueeze(1 + windows.outer) if windows.is_picture else image)
     blended = _Blended(windows, torch.tensor(background, device=image.device))
-    device = device or image.device
+    device, clock = device or image.device, clock or Clock()
     coming = (numbers for numbers in windows if numbers not in windows.empty)
     while batch := list(islice(coming, batch_size)):
         patches = torch.stack([padded[windows.read(numbers)] for numbers in batch]).to(device)
-        with torch.autocast(device.type, autocast) if autocast else nullcontext():
+        with torch.autocast(device.type, autocast) if autocast else nullcontext(), clock.running(device):
             predicted = network(patches)  # (B, R, patch)
         del patches
         for n, numbers in enumerate(batch):

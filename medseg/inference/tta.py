@@ -8,6 +8,7 @@ from itertools import combinations
 from torch import Tensor, nn
 
 from medseg.errors import WorkflowError
+from medseg.inference.uncertainty import Votes
 from medseg.labels import Labels
 
 LEFT_RIGHT_AXIS = 0
@@ -30,16 +31,24 @@ class Mirrored(nn.Module):
         super().__init__()
         self.network = network
         self.axes = tuple(sorted(set(axes)))
+        self.labels = labels
         self.exchanged = mirrored_channels(labels) if LEFT_RIGHT_AXIS in self.axes else ()
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, votes: Votes | None = None) -> Tensor:
         total = self.network(image).float()
+        maps = [self.labels.segment(total)] if votes else []
         flips = [flip for n in range(1, len(self.axes) + 1) for flip in combinations(self.axes, n)]
         for flip in flips:
             dims = [axis + 2 for axis in flip]
             logits = self.network(image.flip(dims)).flip(dims)
-            total = total + (logits[:, self.exchanged] if LEFT_RIGHT_AXIS in flip else logits)
-        return total / (1 + len(flips))
+            logits = logits[:, self.exchanged] if LEFT_RIGHT_AXIS in flip else logits
+            if votes:
+                maps.append(self.labels.segment(logits))
+            total = total + logits
+        mean = total / (1 + len(flips))
+        if votes:
+            votes.count([*maps, self.labels.segment(mean)])
+        return mean
 
 
 def mirrored_channels(labels: Labels) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ class Windows:
     Args:
         box: The part of the volume that they stand on.
         axes: One for each axis of that part.
-        outer: The axis that windows come in order along: that of slices, or else the longest.
+        outer: The axis that windows come in order along: that of slices, or else the longest, if no other is wanted.
         is_picture: Whether the volume is a picture's single slice.
         empty: Windows that need no network, as there is nothing but air in them.
         num_in_air: How many more there would be without a body.
@@ -86,13 +86,16 @@ class Windows:
     num_in_air: int = 0
 
     @classmethod
-    def over(cls, shape: Sequence[int], window: Window, *, body: Body | None = None) -> Windows:
+    def over(
+        cls, shape: Sequence[int], window: Window, *, body: Body | None = None, outer: int | None = None
+    ) -> Windows:
         """Those over a volume (I, J, K) or a picture (I, J) of this shape.
 
         Args:
             shape: Voxels along each axis.
             window: Patch, overlap and weighting.
             body: Where the patient is, which `Window.crop` needs.
+            outer: The axis that windows of a volume come in order along; None: see the class.
         """
         slice_axis = window.slice_axis if len(window.patch_size) == 2 else None
         if len(shape) == 2:
@@ -103,7 +106,7 @@ class Windows:
         if slice_axis is not None:
             patch.insert(slice_axis, 1 + 2 * window.context_slices)
         whole = tuple(slice(0, n) for n in shape)
-        everywhere = cls._on(whole, patch, slice_axis, window)
+        everywhere = cls._on(whole, patch, slice_axis, window, outer)
         if body is None or window.crop == "none":
             return everywhere
         spared = everywhere.touching(body)
@@ -112,12 +115,12 @@ class Windows:
                 side if axis == slice_axis else _widened(found, read, size)  # slices want their neighbors
                 for axis, (side, found, read, size) in enumerate(zip(whole, body.box, patch, shape, strict=True))
             )
-            on_box = cls._on(around, patch, slice_axis, window).touching(body)
+            on_box = cls._on(around, patch, slice_axis, window, outer).touching(body)
             spared = min(spared, on_box, key=lambda windows: windows.num_computed)
         return replace(spared, num_in_air=len(everywhere) - spared.num_computed)
 
     @classmethod
-    def _on(cls, box: Box, patch: Sequence[int], slice_axis: int | None, window: Window) -> Windows:
+    def _on(cls, box: Box, patch: Sequence[int], slice_axis: int | None, window: Window, outer: int | None) -> Windows:
         axes = []
         for axis, (side, read) in enumerate(zip(box, patch, strict=True)):
             size = side.stop - side.start
@@ -127,8 +130,10 @@ class Windows:
             starts = window_starts(max(size, read), read, window.overlap)
             weights = _axis_weights(read, starts, window.weighting)
             axes.append(Axis(size, read, read, max(0, read // 2 - size // 2), starts, weights))
-        longest = max(range(len(axes)), key=lambda axis: axes[axis].size)
-        return cls(box, tuple(axes), longest if slice_axis is None else slice_axis)
+        if outer is None:
+            longest = max(range(len(axes)), key=lambda axis: axes[axis].size)
+            outer = longest if slice_axis is None else slice_axis
+        return cls(box, tuple(axes), outer)
 
     def touching(self, body: Body) -> Windows:
         """The same, those that hold nothing of a body passed over."""

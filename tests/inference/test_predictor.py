@@ -1,4 +1,5 @@
 import logging
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from medseg.data.volume_io import read_label, write_volume
+from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import DataError, WorkflowError
 from medseg.geometry import Geometry, Volume
 from medseg.inference.predictor import Predictor
@@ -142,7 +143,7 @@ def test_precision_decides_what_the_network_computes_in():
 
 def test_the_network_is_put_into_eval_mode():
     network = nn.Sequential(nn.Dropout(), nn.Conv3d(1, 2, 1))
-    assert not Predictor(SPEC, network).network.training
+    Predictor(SPEC, network)
     assert not network.training
 
 
@@ -164,3 +165,61 @@ def test_a_real_organ_comes_back_where_it_was_drawn(data_dir, name, spacing_mm):
     assert 2 * (organ & (found.array > 0)).sum() / (organ.sum() + found.array.sum()) > 0.9
     center, expected = ndimage.center_of_mass(found.array[0]), ndimage.center_of_mass(organ[0])
     np.testing.assert_allclose(center, expected, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(18, 14, 11), (9, 14, 21), (9, 21, 14)])
+@pytest.mark.parametrize("regions", [False, True])
+def test_probabilities_in_a_file_are_those_in_memory_and_are_written_as_such(tmp_path, shape, regions):
+    labels = Labels(LABELS.names, regions={"dark": (1,), "bright": (1,)}, region_order=(1, 1)) if regions else LABELS
+    predictor = Predictor(replace(SPEC, labels=labels), Threshold(), precision="fp32")
+    image = scan("LPS", shape)
+    found = predictor.segment([image], probabilities_to=tmp_path / "raw.tmp")
+    expected = predictor.segment([image], with_probabilities=True).probabilities.array
+    assert isinstance(found.probabilities.array, np.memmap)
+    assert (tmp_path / "raw.tmp").stat().st_size == expected.nbytes
+    np.testing.assert_array_equal(found.probabilities.array, expected)
+    for suffix in ("nii.gz", "nii", "mha"):
+        write_volume(tmp_path / f"written.{suffix}", found.probabilities)
+        np.testing.assert_array_equal(read_volume(tmp_path / f"written.{suffix}").array, expected)
+
+
+def test_planes_of_a_channel_follow_each_other_in_the_file(tmp_path):
+    """So that each is written in one go, whatever axis windows come along."""
+    for n, shape in enumerate([(21, 14, 9), (14, 21, 9), (9, 14, 21)]):
+        found = Predictor(SPEC, Threshold()).segment([scan("LPS", shape)], probabilities_to=tmp_path / f"{n}.tmp")
+        strides = found.probabilities.array.strides
+        assert max(strides[1:]) == strides[1 + shape.index(21)] and strides[0] == max(strides)
+
+
+def test_a_disk_without_room_for_probabilities_is_told_before_they_are_computed(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            Predictor(SPEC, Threshold()).segment([scan()], probabilities_to=tmp_path / "raw.tmp")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_picture_has_probabilities_in_a_file_and_uncertainty_too(tmp_path):
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([-x, x], dim=1)
+
+    window = Window((8, 8))
+    spec = replace(
+        SPEC, spatial_dims=2, channels=("image",), window=window, postprocess={"min_volume_ml": {"bright": 1}}
+    )
+    picture = Volume(
+        np.random.default_rng(0).normal(size=(1, 15, 22)).astype(np.float32), Geometry.from_spacing((15, 22), (1, 1))
+    )
+    predictor = Predictor(spec, Flat(), precision="fp32")
+    found = predictor.segment([picture], probabilities_to=tmp_path / "raw.tmp", with_entropy=True)
+    expected = 1 / (1 + np.exp(-2 * picture.array[0].astype(np.float64)))
+    np.testing.assert_allclose(found.probabilities.array[1], expected, atol=1e-5)
+    np.testing.assert_array_equal(found.label.array[0], picture.array[0] > 0)  # pieces of pictures have no volume
+    entropy = -(expected * np.log2(expected) + (1 - expected) * np.log2(1 - expected))
+    np.testing.assert_allclose(
+        found.entropy.array[0], 100 * entropy, atol=0.5 + 1.2
+    )  # rounded, and 0 where all but certain
+    assert found.entropy.array.shape == (1, 15, 22) and 0 < found.uncertainty < 1

@@ -114,7 +114,7 @@ def check_streaming(spec: ModelSpec, network: nn.Module, source: Geometry, seed:
     image = torch.randn((1, *grid.shape), generator=torch.Generator().manual_seed(seed))
     predictor = Predictor(spec, network, precision="fp32")
     with torch.inference_mode():
-        expected, lead = plain_labels(image, predictor.network, spec.window, spec.labels, grid, source)
+        expected, lead = plain_labels(image, network.eval(), spec.window, spec.labels, grid, source)
     found = predictor.segment_prepared(Prepared(image.numpy(), None, source, grid)).label
     assert found.geometry is source
     differs = found.array.ravel() != expected

@@ -91,7 +91,7 @@ def test_a_volume_smaller_than_the_patch_is_not_cropped() -> None:
 
 
 def test_slices_keep_their_neighbors_and_those_in_the_air_are_passed_over() -> None:
-    window = Window((16, 16), slice_axis=2, context_slices=1)
+    window = Window((16, 16), slice_axis=2, context_slices=1, crop="body")
     windows = Windows.over((40, 40, 9), window, body=body((40, 40, 9), (10, 20), (10, 20), (3, 5)))
     assert windows.box[2] == slice(0, 9)
     assert windows.num_computed == 2

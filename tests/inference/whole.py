@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.geometry import Geometry, Volume
-from medseg.inference.restore import restored
+from medseg.inference.restore import PICTURE_AXIS, Place, resampled_planes, restored, room_for_probabilities, solid
 from medseg.inference.sliding_window import Slab, slabs
 from medseg.inference.windows import Windows
 from medseg.labels import Labels
@@ -24,11 +24,26 @@ def sliding_window(image: Tensor, network: nn.Module, window: Window, *, num_out
 
 
 def restore(
-    logits: Tensor, labels: Labels, *, source: Geometry, axis: int = 0, thickness: int = 3, **where: Any
+    logits: Tensor,
+    labels: Labels,
+    *,
+    grid: Geometry,
+    source: Geometry,
+    orientation: str,
+    axis: int = 0,
+    thickness: int = 3,
+    with_probabilities: bool = False,
 ) -> tuple[Volume, Volume | None]:
     """The way back of logits (R, I, J[, K]), handed over in slabs of some planes."""
-    planes = logits[None] if source.spatial_dims == 2 else logits.movedim(1 + axis, 0)
-    return restored(in_slabs(planes, thickness), labels, source=source, axis=axis, **where)
+    if source.spatial_dims == 2:
+        logits, axis = logits[..., None], PICTURE_AXIS
+    place = Place(source, orientation, axis)
+    grid, box = solid(grid), tuple(slice(0, n) for n in solid(grid).shape)
+    slabs = in_slabs(logits.movedim(1 + axis, 0), thickness)
+    planes = resampled_planes(slabs, labels.background, box=box, grid=grid, target=place.target, axis=axis)
+    chances = room_for_probabilities(labels, place) if with_probabilities else None
+    label = restored(planes, labels, place, chances=chances)
+    return label, None if chances is None else Volume(chances, source)
 
 
 def in_slabs(planes: Tensor, thickness: int) -> Any:
