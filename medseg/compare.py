@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import re
 import tempfile
@@ -14,8 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from medseg.errors import DataError, ModelError, WorkflowError
 from medseg.files import write_atomically
@@ -26,6 +25,7 @@ from medseg.metrics.paired import (
     data_hashes,
     differing_references,
     held_to,
+    is_distance,
     lower_is_better,
     num_as_diagonal,
     paired,
@@ -35,13 +35,15 @@ from medseg.metrics.paired import (
     sign_of,
     with_diagonals,
 )
-from medseg.metrics.table import PER_CASE
+from medseg.metrics.table import MISSED, PER_CASE, SPURIOUS, read_rows
 from medseg.reporting.comparison import comparison_page, ranking_page
 from medseg.reporting.comparison_figure import Differences, comparison_figure, png, ranking_figure
 from medseg.tracking.runs import experiment_runs, log_comparison, tracked_run
-from medseg.wording import listed
+from medseg.wording import counted, listed
 
 Result = dict[str, Any]
+
+log = logging.getLogger("medseg")
 
 
 def compare(
@@ -69,19 +71,17 @@ def compare(
         log: Put the same files beside the artifacts of the runs that were named by an MLflow id.
 
     Returns:
-        ``metric, lower_is_better, baseline, comparisons, n_as_diagonal, names_patients, warnings, page``.
-        ``comparisons`` has for each other run ``run, organs, n_cases, mean_difference, mean_ci95, worse, why_worse,
-        lost, unpaired {baseline, run}``, and for each organ ``n, n_patients, baseline, baseline_ci95, run, run_ci95,
-        difference, ci95, p, p_holm, effect_size, wins, ties, losses, n_unscored, missed_baseline, missed_run,
-        spurious_baseline, spurious_run``. ``difference`` is run − baseline, and ``ci95`` its interval;
-        ``effect_size`` is the matched-pairs rank-biserial correlation, positive where the run is better. ``p`` is
-        Wilcoxon's signed-rank test, NaN for fewer than six patients; ``p_holm`` is corrected over all organs and runs.
-        ``lost`` lists what the first run has of a case and the other lacks; ``n_unscored`` counts pairs that cannot
-        be compared, as when an organ was missed and has no surface distance; ``n_as_diagonal`` organs that any run missed
-        or invented and that have the diagonal as distance. A run is ``worse`` if its mean over the organs of the mean difference is on the wrong side
-        (by more than 1e-6, significant or not), or results that the first has are missing: a case, an organ of a
-        case, or a missed organ's distance that cannot be counted. ``names_patients``: whether the tables say whose
-        each case is; else every case is taken for another patient.
+        A dict. Of its ``comparisons``, one for each other run, ``organs`` holds for each organ what the table
+        ``comparison.csv`` has: ``difference`` is run − baseline, and ``ci95`` its interval; ``p`` is Wilcoxon's
+        signed-rank test, NaN for fewer than six patients, and ``p_holm`` corrected over all organs and runs;
+        ``effect_size`` is the matched-pairs rank-biserial correlation, positive where the run is better;
+        ``n_unscored`` counts pairs that cannot be compared, as when an organ was missed and has no surface distance.
+        ``lost`` lists what the first run has of a case and the other lacks. A run is ``worse`` (and ``why_worse``
+        says why) if its mean over the organs of the mean difference is on the wrong side (by more than 1e-6,
+        significant or not), or results that the first has are missing: a case, an organ of a case, or a missed
+        organ's distance that cannot be counted. ``n_as_diagonal`` counts the organs that a run missed or invented
+        and that have the diagonal as distance. ``names_patients``: whether the tables say whose each case is; else
+        every case is taken for another patient.
 
     Raises:
         WorkflowError: If there are fewer than two runs.
@@ -100,21 +100,25 @@ def compare(
         "comparisons": [
             held_to(baseline, other, grid, sign_of(metric)) for other, grid in zip(others, grids, strict=True)
         ],
-        "n_as_diagonal": num_as_diagonal(tables, metric),
+        "n_as_diagonal": num_as_diagonal(baseline, metric, set().union(*(grid.counted for grid in grids)))
+        + sum(num_as_diagonal(other, metric, grid.counted) for other, grid in zip(others, grids, strict=True)),
         "names_patients": any(table.patients for table in tables),
         "warnings": [],
         "page": str(output / "comparison.html") if output else None,
     }
     correct_p_values(result["comparisons"])
     result["warnings"] = [
-        text for c, other in zip(result["comparisons"], others, strict=True) for text in _warnings(baseline, other, c)
+        text
+        for comparison, other in zip(result["comparisons"], others, strict=True)
+        for text in _warnings(baseline, other, comparison, metric)
     ]
     run_ids = list(dict.fromkeys(table.run_id for table in tables if table.run_id)) if log else []
     if output or run_ids:
         files = _files(result, tables, [by_case(grid) for grid in grids])
         if output:
             _write(output, files)
-        result["warnings"] += _logged(run_ids, files, result, tracking_uri)
+        shared = files | {"pairs.csv": _csv(_pair_rows(tables, name_patients=False))}  # a store has other readers
+        result["warnings"] += _logged(run_ids, shared, result, tracking_uri)
     return result
 
 
@@ -123,8 +127,9 @@ def rank_experiment(
 ) -> Result:
     """Rank the finished runs of an MLflow experiment on the cases that all of them have.
 
-    Where no case is common to all, those runs are ranked that have the cases most runs have; the others are named in
-    ``warnings``. Organs missed or invented are counted as `compare` does. The runs are not changed in MLflow.
+    What a run lacks of the others' cases and organs is left out in all of them, and told in ``warnings``. Where no
+    result is common to all, those runs are ranked that have what most runs have; ``warnings`` name the others. Organs
+    missed or invented are counted as `compare` does. The runs are not changed in MLflow.
 
     Args:
         experiment: Its name.
@@ -147,7 +152,7 @@ def rank_experiment(
     tables = with_diagonals(tables, metric)
     keys = [key for key in tables[0].values if all(key in table.values for table in tables)]
     grid = side_by_side(tables, keys)
-    left_out = len(keys) - int((~np.isnan(grid.values[..., 0])).sum())
+    left_out = len(keys) - len(grid.counted)
     if left_out:
         warnings.append(f"{left_out} of {len(keys)} results are left out, as not every run has a {metric} there")
     if hashes := data_hashes(tables):
@@ -160,7 +165,7 @@ def rank_experiment(
         "n_patients": len(set(grid.patients)),
         "organs": grid.organs,
         "ranking": ranked(tables, grid, keys, sign_of(metric)),
-        "n_as_diagonal": num_as_diagonal(tables, metric),
+        "n_as_diagonal": sum(num_as_diagonal(table, metric, grid.counted) for table in tables),
         "names_patients": any(table.patients for table in tables),
         "warnings": warnings,
         "page": str(output / "ranking.html") if output else None,
@@ -186,25 +191,24 @@ def _table(run: str, metric: str, tracking_uri: str | None) -> RunTable:
         if not path.exists():
             message = f"holds no {PER_CASE}; finish its training, or run medseg evaluate, and name that folder"
             raise DataError("E-COMPARE-TABLE", message, where=run)
-        return parsed_table(run, _rows(path), metric, tags=tags)
+        return parsed_table(run, read_rows(path), metric, tags=tags)
     if path.exists():
-        return parsed_table(run, _rows(path), metric)
+        return parsed_table(run, read_rows(path), metric)
     tracked = tracked_run(run, tracking_uri)
     label = f"{tracked.name} ({tracked.run_id[:8]})"
     return parsed_table(run, tracked.rows, metric, label=label, tags=tracked.tags, run_id=tracked.run_id)
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def _provenance(run: Path) -> Mapping[str, str]:
     """What a run folder's model says of its making; of a cross-validation the first fold's."""
     for path in (run / "model" / "model.json", *sorted(run.glob("fold_*/model/model.json"))):
         if path.exists():
-            provenance = json.loads(path.read_text()).get("provenance", {})
-            return {name: str(value) for name, value in provenance.items()}
+            try:
+                provenance = json.loads(path.read_text()).get("provenance", {})
+                return {name: str(value) for name, value in provenance.items()}
+            except (ValueError, AttributeError):
+                log.warning("W-COMPARE-MODEL %s: is damaged, so it is not known which data the run was made from", path)
+                return {}
     return {}
 
 
@@ -218,7 +222,7 @@ def _labeled(tables: Sequence[RunTable]) -> list[RunTable]:
 
 
 def _ranked_tables(experiment: str, metric: str, uri: str | None) -> tuple[list[RunTable], list[str]]:
-    """The runs to rank, all of which have some case in common, and why others are not among them."""
+    """The runs to rank, all of which have some result in common, and what is left out."""
     tables, warnings = [], []
     for run in experiment_runs(experiment, uri):
         label = f"{run.name} ({run.run_id[:8]})"
@@ -226,13 +230,12 @@ def _ranked_tables(experiment: str, metric: str, uri: str | None) -> tuple[list[
             warnings.append(f"{label} is not ranked: its table has no {metric}")
         else:
             tables.append(parsed_table(label, run.rows, metric, label=label, tags=run.tags, run_id=run.run_id))
-    if tables and not set.intersection(*(table.cases for table in tables)):
-        usual, _ = Counter(frozenset(table.cases) for table in tables).most_common(1)[0]
-        others = [table.label for table in tables if not usual <= table.cases]
-        tables = [table for table in tables if usual <= table.cases]
-        warnings.append(f"not ranked, as they do not have the cases that most runs have: {listed(others)}")
-    elif tables and len({frozenset(table.cases) for table in tables}) > 1:
-        warnings.append("the runs do not have the same cases: those that all have are ranked by")
+    if tables and not set.intersection(*(set(table.values) for table in tables)):
+        usual, _ = Counter(frozenset(table.values) for table in tables).most_common(1)[0]
+        others = [table.label for table in tables if not usual <= table.values.keys()]
+        tables = [table for table in tables if usual <= table.values.keys()]
+        warnings.append(f"not ranked, as they do not have the cases and organs that most runs have: {listed(others)}")
+    warnings += _not_in_all(tables)
     if len(tables) < 2:
         told = "".join(f"; {warning}" for warning in warnings)
         message = f"{len(tables)} of its finished runs can be ranked by {metric}, and two are needed{told}"
@@ -240,7 +243,21 @@ def _ranked_tables(experiment: str, metric: str, uri: str | None) -> tuple[list[
     return tables, warnings
 
 
-def _warnings(baseline: RunTable, other: RunTable, comparison: Result) -> list[str]:
+def _not_in_all(tables: Sequence[RunTable]) -> list[str]:
+    """What some runs have and others lack, so that none is ranked by it."""
+    organs = list(dict.fromkeys(organ for table in tables for organ in table.organs))
+    lacking = {table.label: [organ for organ in organs if organ not in table.organs] for table in tables}
+    found = [
+        f"left out, as {label} does not have them: organs {listed(lacks)}" for label, lacks in lacking.items() if lacks
+    ]
+    if len({frozenset(table.cases) for table in tables}) > 1:
+        found.append("the runs do not have the same cases: those that all have are ranked by")
+    elif not found and len({frozenset(table.values) for table in tables}) > 1:
+        found.append("the runs do not have the same organs of each case: those that all have are ranked by")
+    return found
+
+
+def _warnings(baseline: RunTable, other: RunTable, comparison: Result, metric: str) -> list[str]:
     """What a reader must know before believing a comparison."""
     found = []
     unpaired = comparison["unpaired"]
@@ -252,10 +269,15 @@ def _warnings(baseline: RunTable, other: RunTable, comparison: Result) -> list[s
     if more:
         found.append(f"{other.label}: left out, as {baseline.label} does not have them: organs {listed(more)}")
     if unscored := sum(organ["n_unscored"] for organ in comparison["organs"].values()):
-        found.append(
-            f"{other.label}: {unscored} pairs are left out, as a value is not defined where an organ was missed or invented"
-            " (distances count as the scan's diagonal where the tables have a column diagonal_mm)"
-        )
+        text = f"{other.label}: {counted(unscored, 'pair')} left out, as not both runs have a {metric} there"
+        tables = (baseline, other)
+        if is_distance(metric) and any(
+            t.says(k, MISSED, SPURIOUS) and v != v for t in tables for k, v in t.values.items()
+        ):
+            text += (
+                "; a missed or invented organ counts as the scan's diagonal where the tables have a column diagonal_mm"
+            )
+        found.append(text)
     if differing := [f"{organ} of {case}" for case, organ in differing_references(baseline, other)]:
         found.append(f"{other.label}: scored against other references, one of the two being empty: {listed(differing)}")
     if hashes := data_hashes([baseline, other]):
@@ -291,9 +313,13 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in flat.items()}
 
 
-def _pair_rows(tables: Sequence[RunTable]) -> Iterable[Mapping[str, Any]]:
+def _pair_rows(tables: Sequence[RunTable], *, name_patients: bool = True) -> Iterable[Mapping[str, Any]]:
+    """Patients who are not to be named are numbered."""
+    numbers: dict[str, int] = {}
     for case, organ in dict.fromkeys(key for table in tables for key in table.values):
-        patient = next((table.patients[case] for table in tables if case in table.patients), "")
+        patient: str | int = next((table.patients[case] for table in tables if case in table.patients), "")
+        if patient and not name_patients:
+            patient = numbers.setdefault(str(patient), len(numbers) + 1)
         values = {table.name: table.values.get((case, organ), math.nan) for table in tables}
         yield _flat({"case": case, "organ": organ, "patient": patient, **values})
 

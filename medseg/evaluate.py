@@ -129,6 +129,8 @@ def evaluate(
     asked = chosen_metrics(metrics)
     expected = References.find(references, split)
     described = _read_labels(labels) if labels else expected.manifest.labels if expected.manifest else None
+    if not described and (named := predictions / "dataset.json").exists():
+        log.warning("W-LABELS the labels are called after their numbers; --labels %s gives them names", named)
     translation = LabelTranslation.load(label_map, described) if label_map else None
     pairs, unmatched = find_pairs(predictions, expected, translation=translation, missing_as_empty=missing_as_empty)
     unmatched.warn()
@@ -164,25 +166,31 @@ def _read_labels(path: Path) -> Labels:
     return load_spec(run if run.is_dir() else path).labels
 
 
-def _possible(chosen: Sequence[str], asked: Sequence[str], pairs: Sequence[Pair], labels: Labels | None) -> list[str]:
+def _possible(metrics: Sequence[str], names: Sequence[str], pairs: Sequence[Pair], labels: Labels | None) -> list[str]:
     """The metrics that can be told, before any work: some need probabilities.
+
+    Args:
+        metrics: That `names` stand for.
+        names: As they were asked for, groups among them.
+        pairs: To score.
+        labels: Say which channel is which organ.
 
     Raises:
         WorkflowError: If one that was asked for by its name cannot.
     """
-    needy = [name for name in chosen if METRICS[name].needs_probabilities]
+    needy = [name for name in metrics if METRICS[name].needs_probabilities]
     without = [pair.case for pair in pairs if not pair.probabilities]
     if not needy or (labels and not without):
-        return list(chosen)
+        return list(metrics)
     lack = "nothing says which channel is which organ; add --labels, and no --map"
     if without:
         file = f"{without[0]}{PROBABILITIES}"
         lack = f"none beside {listed(without, 3)}; medseg predict --probabilities writes them, as {file}"
     message = f"{', '.join(needy)} needs probabilities: {lack}"
-    if not {*needy}.isdisjoint(asked):
+    if not {*needy}.isdisjoint(names):
         raise WorkflowError("E-METRIC-PROBABILITIES", message, where="--metrics")
     log.warning("W-METRIC-PROBABILITIES left out: %s", message)
-    return [name for name in chosen if name not in needy]
+    return [name for name in metrics if name not in needy]
 
 
 def _values_present(pairs: Sequence[Pair], workers: int, failed: dict[str, MedsegError]) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from medseg.data.inputs import MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases, manifest_cases
 from medseg.data.manifest import Case, Manifest
+from medseg.data.volume_io import READABLE_SUFFIXES
 from medseg.errors import DataError, WorkflowError
 from medseg.labels import Labels
 from medseg.metrics.table import EVALUATION, PER_CASE
@@ -20,6 +21,7 @@ from medseg.reporting.batch_page import write_batch_page
 from medseg.reporting.run_page import REPORT, write_run_page
 from medseg.tracking.runs import run_folder
 from medseg.training.run_folder import RESULT
+from medseg.wording import counted
 
 Result = dict[str, Any]
 
@@ -37,7 +39,7 @@ def report(
 
     Args:
         run: A run folder (of one fold or of all), a folder of `medseg evaluate`, an MLflow run id, or a folder of
-            segmentations.
+            segmentations, or one of them.
         output: The file to write, or a folder for ``report.html``; None: the folder of the run itself.
         scans: The scans that segmentations were made from, as files, a folder or a manifest, by the same names; a run
             knows its own.
@@ -48,18 +50,18 @@ def report(
 
     Returns:
         ``page``, ``megabytes``, ``seconds``, and how many ``cases``, ``pictures`` and ``viewer_cases`` are in it; of
-        segmentations also ``outliers``, ``mostly_absent`` and ``failed``, see `write_batch_page`.
+        segmentations also ``outliers``, ``mostly_absent`` and ``failed``, see `write_batch_page`. ``hint`` says how to
+        have pictures where there are none as nobody named the scans; else it is None.
 
     Raises:
         MedsegError: If there is nothing to report of.
     """
     started = time.monotonic()
     folder = Path(run) if Path(run).exists() else run_folder(run, tracking_uri)
-    if not folder.is_dir():
-        raise DataError("E-REPORT-RUN", "is a file; name a run folder, or a folder of segmentations", where=run)
-    page = output or folder
+    page = output or (folder if folder.is_dir() else folder.parent)
     page = page / REPORT if page.is_dir() else page
     page.parent.mkdir(parents=True, exist_ok=True)
+    knows_scans = _is_run(folder) and not (folder / EVALUATION).exists()
     if not _is_run(folder):
         found = _report_segmentations(folder, page, scans, labels, split)
     elif (folder / EVALUATION).exists():
@@ -69,15 +71,21 @@ def report(
         raise WorkflowError("E-ARGUMENT", message, where="--scans, --labels, --split")
     else:
         found = write_run_page(folder, page, _result(folder))
-    megabytes = round(page.stat().st_size / 1e6, 1)
-    return {"page": str(page), **found, "megabytes": megabytes, "seconds": round(time.monotonic() - started, 1)}
+    return {
+        "page": str(page),
+        **found,
+        "megabytes": round(page.stat().st_size / 1e6, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        "hint": None if found["pictures"] or scans or knows_scans else "no pictures: name the scans with --scans",
+    }
 
 
 def report_summary(result: Mapping[str, Any]) -> Text:
     """Where the page is and what is in it."""
     outliers = f", {result['outliers']} of them with a volume that stands out" if "outliers" in result else ""
     shown = f"{result['pictures']} in pictures, {result['viewer_cases']} in the viewer"
-    lines = [f"{result['cases']} cases{outliers}; {shown}; {result['megabytes']} MB"]
+    lines = [f"{counted(result['cases'], 'case')}{outliers}; {shown}; {result['megabytes']} MB"]
+    lines += [result["hint"]] if result.get("hint") else []
     absent = result.get("mostly_absent", {})
     lines += [f"{organ} was found in {result['cases'] - n} of {result['cases']}" for organ, n in absent.items()]
     lines += [f"not readable  {entry['message']}" for entry in result.get("failed", ())]
@@ -98,6 +106,8 @@ def _result(folder: Path) -> Result:
 def _report_segmentations(
     folder: Path, page: Path, scans: Path | None, labels: Path | None, split: str | None
 ) -> Result:
+    if folder.is_file() and not folder.name.lower().endswith(READABLE_SUFFIXES):
+        raise DataError("E-REPORT-RUN", "is no segmentation; name one, a folder of them, or a run", where=str(folder))
     predictions = [case for case in find_cases([folder]) if not case.id.endswith(PROBABILITIES)]
     check_unique(predictions)
     return write_batch_page(predictions, page, name=folder.resolve().name, **_known(scans, labels, split))

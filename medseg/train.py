@@ -38,6 +38,7 @@ from medseg.training.signals import ending_work
 from medseg.training.state import Progress
 from medseg.training.trainer import Trainer
 from medseg.training.validator import Validator
+from medseg.wording import duration
 from medseg.workflow import Workflow
 
 RUNS = Path("runs")
@@ -319,7 +320,7 @@ def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
     total = plan.train.iterations * step + (num_validations * num_cases + scoring) * validation
     console().print(
         f"{plan.name}: {len(data.training)} training and {len(data.validation)} held-out cases; "
-        f"{step:.2f} s an iteration, {validation:.1f} s a validation case: about {_duration(total)} on this machine"
+        f"{step:.2f} s an iteration, {validation:.1f} s a validation case: about {duration(total)} on this machine"
     )
     return {
         "dry_run": True,
@@ -369,8 +370,3 @@ def _record(plan: Workflow, data: TrainingData, folder: RunFolder) -> None:
     resolved = recorded(plan).model_copy(update={"data": plan.data.model_copy(update={"manifest": "manifest.json"})})
     folder.record("workflow.yaml", resolved.to_yaml(), free=FREE_TO_CHANGE)
     folder.record("manifest.json", json.dumps(data.manifest.to_dict(data.hashes), indent=1) + "\n")
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_an_mlflow_run_id_stands_for_its_table(runs: list[str], monkeypatch: pyt
 
     def run(run_id: str, uri: str | None) -> TrackedRun:
         asked.append((run_id, uri))
-        return TrackedRun(run_id, "liver-fold0", {}, {}, list(csv.DictReader(NOW.splitlines())))
+        return TrackedRun(run_id, "liver-fold0", {}, list(csv.DictReader(NOW.splitlines())))
 
     def log(run_id: str, folder: Path, uri: str | None) -> None:
         logged.append((run_id, uri, folder.name, sorted(path.name for path in folder.iterdir())))
@@ -143,7 +144,7 @@ def test_a_store_that_takes_no_comparison_is_a_warning(runs: list[str], monkeypa
         raise ModelError("E-TRACK-DOWN", "does not answer: Connection refused")
 
     rows = list(csv.DictReader(NOW.splitlines()))
-    monkeypatch.setattr(module, "tracked_run", lambda run_id, uri: TrackedRun(run_id, "x", {}, {}, rows))
+    monkeypatch.setattr(module, "tracked_run", lambda run_id, uri: TrackedRun(run_id, "x", {}, rows))
     monkeypatch.setattr(module, "log_comparison", log)
     result = compare([runs[0], "some-id"])
     assert "W-COMPARE-LOG" in result["warnings"][-1]
@@ -154,6 +155,52 @@ def test_runs_without_a_common_case_are_refused(runs: list[str], tmp_path: Path)
     (tmp_path / "other.csv").write_text("case,organ,dice\nz,liver,1\n")
     with pytest.raises(DataError, match=r"E-COMPARE-CASES .* \(cases a, b, c, d\) .* \(cases z\)"):
         compare([runs[0], str(tmp_path / "other.csv")])
+
+
+def test_the_same_cases_with_organs_of_other_names_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("case,organ,dice\nz,liver,1\n")
+    (tmp_path / "b.csv").write_text("case,organ,dice\nz,label 1,1\n")
+    with pytest.raises(DataError, match=r"E-COMPARE-CASES .*\(organs liver\) .*\(organs label 1\); .* --labels"):
+        compare([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")])
+
+
+def test_rows_of_another_scope_are_no_results(tmp_path: Path) -> None:
+    """A table with every metric against one with Dice alone."""
+    every, dice_only = tmp_path / "every.csv", tmp_path / "dice.csv"
+    rows = [f"c{n},liver,0.{n}" for n in range(1, 8)]
+    every.write_text("\n".join(["case,organ,dice,mean_iou", *(f"{r},\n{r[:2]},all classes,,0.5" for r in rows)]))
+    dice_only.write_text("\n".join(["case,organ,dice", *rows]))
+    for runs in ([str(every), str(dice_only)], [str(dice_only), str(every)]):
+        result = compare(runs)
+        (found,) = result["comparisons"]
+        assert (list(found["organs"]), found["why_worse"], result["warnings"]) == (["liver"], [], [])
+        assert "too few" not in shown(comparison_table(result))
+    (found,) = compare([str(every), str(every)], metric="mean_iou")["comparisons"]
+    assert list(found["organs"]) == ["all classes"]
+
+
+def test_a_row_without_value_and_reason_may_be_missing(tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.csv", tmp_path / "part.csv"
+    part.write_text("case,organ,dice,note\na,liver,0.9,\n")
+    for row, is_lost in (("a,tumor,,absent in both", False), ("a,tumor,,missed", True)):
+        whole.write_text(f"case,organ,dice,note\na,liver,0.9,\n{row}\n")
+        assert compare([str(whole), str(part)])["comparisons"][0]["worse"] is is_lost
+
+
+def test_a_short_row_has_no_value_and_nothing_is_said_of_misses(tmp_path: Path) -> None:
+    whole, short = tmp_path / "whole.csv", tmp_path / "short.csv"
+    whole.write_text("case,organ,hd95\na,liver,1\nb,liver,2\n")
+    short.write_text("case,organ,hd95\na,liver\nb,liver,2\n", encoding="utf-8-sig")
+    (warning,) = compare([str(short), str(whole)], metric="hd95")["warnings"]
+    assert warning == "whole.csv: 1 pair left out, as not both runs have a hd95 there"
+
+
+def test_a_damaged_model_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs = [write_run(tmp_path / name, n, tags={"medseg.data_hash": name}) for n, name in enumerate("ab")]
+    for damaged in ("{", "[]", '{"provenance": 3}'):
+        (tmp_path / "a" / "model" / "model.json").write_text(damaged)
+        assert compare(runs)["warnings"] == []
+    assert caplog.text.count("W-COMPARE-MODEL") == 3
 
 
 def test_one_run_is_not_a_comparison(runs: list[str]) -> None:
@@ -173,6 +220,8 @@ def test_an_unknown_metric_names_the_nearest_column(runs: list[str]) -> None:
         ("id,dice\na,1\n", "columns case, organ"),
         ("case,organ,dice\na,liver,1\na,liver,1\n", "bad.csv:3: case a, organ liver is there twice"),
         ("case,organ,dice\na,liver,high\n", "bad.csv:2: dice is 'high'"),
+        ("case,organ,dice\na,liver,0.5\nb,liver,-inf\n", "E-COMPARE-TABLE .*bad.csv:3: dice is '-inf'"),
+        ("case,organ,dice\nb,all classes,0.5\n", "E-COMPARE-METRIC .*bad.csv: has no row that dice belongs in"),
     ],
 )
 def test_a_damaged_table_is_named_with_its_line(tmp_path: Path, table: str, message: str) -> None:
@@ -194,18 +243,87 @@ def shown(table: RenderableType, width: int = 200) -> str:
     return capture.get()
 
 
-def liver_row(text: str) -> list[str]:
-    return next(line.split() for line in text.splitlines() if line.split()[:1] == ["liver"])
+def rows_of(text: str, name: str) -> tuple[list[str], list[str]]:
+    """The words of both lines of a row."""
+    lines = [line.split() for line in text.splitlines()]
+    n = next(n for n, words in enumerate(lines) if words[:1] == [name])
+    return lines[n], lines[n + 1]
 
 
 def test_people_see_a_row_per_organ_and_what_was_left_out(runs: list[str]) -> None:
     text = shown(comparison_table(compare(runs)))
-    liver = liver_row(text)
-    assert liver[:5] == ["liver", "3", "0.700", "0.727", "+0.027"]
-    assert liver[7:] == ["too", "few", "+0.33", "1/1/1", "1→0"]
+    above, below = rows_of(text, "liver")
+    assert above == ["liver", "3", "0.700", "+0.027", "too", "few", "1/1/1", "1→0"]
+    assert (below[0], below[3:]) == ("0.727", ["+0.33", "0→0"])
     assert "only one of the two runs has them: cases d, e" in text
     assert "fewer than 6 patients" in text
     assert "name no patients: each case is taken for another one" in text
+
+
+def lines_at_80(table: RenderableType) -> list[str]:
+    lines = shown(table, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    return lines
+
+
+def test_at_80_columns_every_organ_and_number_is_whole(tmp_path: Path) -> None:
+    """Distances of many cases that count as the diagonal, with misses and inventions: nothing is wider."""
+    names = ("liver", "inferior_vena_cava", "portal_vein_and_splenic_vein")
+    random = np.random.default_rng(0)
+    for run in ("a", "b"):
+        rows = [
+            f"c{n},{organ},{random.uniform(0, 300):.4f},400,{'missed' if n < 12 else ''}"
+            for n in range(120)
+            for organ in names
+        ]
+        rows[50] = "c16,portal_vein_and_splenic_vein,,400,false positive: absent in the reference"
+        (tmp_path / f"{run}.csv").write_text("\n".join(["case,organ,hd95,diagonal_mm,note", *rows]))
+    result = compare([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], metric="hd95")
+    text = "\n".join(lines_at_80(comparison_table(result)))
+    for organ, found in result["comparisons"][0]["organs"].items():
+        above, below = rows_of(text, organ[:19])  # a longer name goes on in the next line
+        low, high = found["ci95"]
+        counts = f"{found['wins']}/{found['ties']}/{found['losses']}"
+        expected = [
+            with_digits(found["baseline"]),
+            with_digits(found["difference"], "+"),
+            f"{found['p_holm']:.3f}",
+            counts,
+        ]
+        assert above == [organ[:19], "120", *expected, "12→12"]
+        effect, spurious = f"{found['effect_size']:+.2f}", found["spurious_run"]
+        expected = [with_digits(found["run"]), f"[{with_digits(low)},", f"{with_digits(high)}]", effect]
+        assert below == [*filter(None, [organ[19:]]), *expected, f"{spurious}→{spurious}"]
+
+
+def with_digits(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
+
+
+def test_at_80_columns_every_run_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("unet-large-patch-fold0", "segformer-mit-b2-fold0")
+    runs = [tracked(Path(write_run(tmp_path / name, n)), name) for n, name in enumerate(names)]
+    for run in runs:
+        run.rows[0]["note"], run.rows[1]["note"] = "missed", "false positive: absent in the reference"
+    monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: runs)
+    result = rank_experiment("liver")
+    lines = lines_at_80(ranking_table(result))
+    assert "2 runs, 20 cases; anterior, posterior, whole" in lines[0]
+    for place, row in enumerate(result["ranking"], start=1):
+        n = next(n for n, line in enumerate(lines) if line.strip().startswith(f"{place} "))
+        assert " ".join([*lines[n].split()[1:2], *lines[n + 1].split()[:1]]) == row["run"]
+        assert f"{row['mean']:.3f}" in lines[n]
+        assert f"[{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]" in lines[n + 1]
+        assert (lines[n].split()[-1], lines[n + 1].split()[-1]) == ("1", "1")
+
+
+def test_what_is_not_a_number_is_a_dash(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("case,organ,dice\n1,liver,0.5\n1,spleen,\n")
+    text = shown(comparison_table(compare([str(tmp_path / "a"), str(tmp_path / "b")])))
+    assert "nan" not in text
+    assert rows_of(text, "spleen") == (["spleen", "0", "–", "–", "too", "few", "0/0/0"], ["–", "–"])
 
 
 def test_a_run_that_lacks_a_result_of_the_first_is_worse(tmp_path: Path) -> None:
@@ -330,7 +448,7 @@ def test_a_missed_or_invented_organ_is_as_far_off_as_the_scan_is_long(tmp_path: 
     assert liver["n_unscored"] == 0
     text = shown(comparison_table(compare(runs, metric="hd95")))
     assert "missed and invented organs count as the diagonal of their scan" in text
-    assert liver_row(text)[-2:] == ["2→2", "0→1"]
+    assert [words[-1] for words in rows_of(text, "liver")] == ["2→2", "0→1"]
     with (tmp_path / "out" / "pairs.csv").open(newline="") as stream:
         assert [row[runs[1]] for row in csv.DictReader(stream)] == ["5.0", "6.0", "300.0", "300.0", "", "300.0"]
 
@@ -345,7 +463,7 @@ def test_without_a_diagonal_missed_organs_are_left_out_said_and_worse(tmp_path: 
     assert comparison["organs"]["liver"]["n_unscored"] == 4  # b, c, d, f
     assert comparison["lost"] == [["f", "liver"]]
     assert comparison["worse"]
-    assert any("4 pairs are left out" in warning and "diagonal_mm" in warning for warning in result["warnings"])
+    assert any("4 pairs left out" in warning and "diagonal_mm" in warning for warning in result["warnings"])
 
 
 def test_runs_of_other_data_are_compared_with_a_warning(tmp_path: Path) -> None:
@@ -373,7 +491,7 @@ def test_runs_are_called_by_the_part_of_their_path_that_differs(tmp_path: Path) 
 
 def tracked(path: Path, name: str, **tags: str) -> TrackedRun:
     with (path / "per_case.csv").open(newline="") as stream:
-        return TrackedRun(f"{name:0>32}", name, {}, tags, list(csv.DictReader(stream)))
+        return TrackedRun(f"{name:0>32}", name, tags, list(csv.DictReader(stream)))
 
 
 def test_an_experiments_runs_are_ranked_on_the_cases_that_all_have(
@@ -401,8 +519,8 @@ def test_an_experiments_runs_are_ranked_on_the_cases_that_all_have(
 
 def test_runs_of_other_cases_are_not_ranked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [tracked(Path(write_run(tmp_path / str(n), n)), f"run{n}") for n in range(3)]
-    other = TrackedRun("9" * 32, "other", {}, {}, [{"case": "z", "organ": "whole", "dice": "1"}])
-    without = TrackedRun("8" * 32, "old", {}, {}, [{"case": "z", "organ": "whole", "iou": "1"}])
+    other = TrackedRun("9" * 32, "other", {}, [{"case": "z", "organ": "whole", "dice": "1"}])
+    without = TrackedRun("8" * 32, "old", {}, [{"case": "z", "organ": "whole", "iou": "1"}])
     monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: [other, *runs, without])
     result = rank_experiment("liver")
     assert len(result["ranking"]) == 3
@@ -411,6 +529,62 @@ def test_runs_of_other_cases_are_not_ranked_and_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: [other, runs[0]])
     with pytest.raises(DataError, match="E-COMPARE-RUNS"):
         rank_experiment("liver")
+
+
+def test_a_run_that_lacks_organs_is_named_with_them_and_so_is_what_is_ranked_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [tracked(Path(write_run(tmp_path / str(n), n)), f"run{n}") for n in range(3)]
+    part = replace(runs[1], rows=[row for row in runs[1].rows if row["organ"] == "whole"])
+    monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: [runs[0], part, runs[2]])
+    result = rank_experiment("liver", output=tmp_path / "out")
+    assert result["warnings"] == ["left out, as run1 (00000000) does not have them: organs anterior, posterior"]
+    assert result["organs"] == ["whole"]
+    assert "liver: 3 runs, 20 cases; whole" in shown(ranking_table(result))
+    assert " of whole</h1>" in (tmp_path / "out" / "ranking.html").read_text()
+    gap = replace(runs[1], rows=runs[1].rows[1:])
+    monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: [runs[0], gap])
+    (warning,) = rank_experiment("liver")["warnings"]
+    assert "do not have the same organs of each case" in warning
+
+
+def test_runs_with_organs_of_other_names_are_not_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [tracked(Path(write_run(tmp_path / str(n), n)), f"run{n}") for n in range(3)]
+    other = replace(runs[1], rows=[row | {"organ": f"label {row['organ']}"} for row in runs[1].rows])
+    monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: [runs[0], other, runs[2]])
+    result = rank_experiment("liver")
+    assert {row["run"].split()[0] for row in result["ranking"]} == {"run0", "run2"}
+    assert any("not ranked" in warning and "run1 (00000000)" in warning for warning in result["warnings"])
+
+
+def test_only_what_is_ranked_by_counts_as_diagonal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(csv.DictReader(MISSES.splitlines()))
+    runs = [TrackedRun(f"{n:0>32}", f"run{n}", {}, rows) for n in range(2)]
+    more = replace(runs[0], rows=[*rows, rows[1] | {"organ": "spleen"}, rows[1] | {"case": "z"}])
+    monkeypatch.setattr(module, "experiment_runs", lambda experiment, uri: [more, runs[1]])
+    assert rank_experiment("liver", metric="hd95")["n_as_diagonal"] == 4  # b and c of both
+
+
+def test_what_is_logged_numbers_the_patients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a store that others read; the user's own folder names them."""
+    monkeypatch.setenv("MEDSEG_CACHE", str(tmp_path / "cache"))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = open_store(uri)
+    experiment = client.create_experiment("liver", artifact_location=(tmp_path / "artifacts").as_uri())
+    run_id = client.create_run(experiment).info.run_id
+    evaluated = Path(write_run(tmp_path / "evaluated", 0, cases=4, scans=2)) / "per_case.csv"
+    (tmp_path / "per_case.csv").write_text(evaluated.read_text().replace("patient0", ""))
+    client.log_artifact(run_id, str(tmp_path / "per_case.csv"))
+    client.set_terminated(run_id)
+    evaluated.write_text(evaluated.read_text().replace("patient0", "Doe^Jane"))
+    compare([str(evaluated.parent), run_id], tracking_uri=uri, output=tmp_path / "out")
+    logged = [path for path in (tmp_path / "artifacts").rglob("comparisons/*/*") if path.is_file()]
+    assert len(logged) == 4
+    assert not any(b"Doe" in path.read_bytes() for path in [*logged, tmp_path / "mlflow.db"])
+    pairs = next(path for path in logged if path.name == "pairs.csv")
+    with pairs.open(newline="") as stream:
+        assert [row["patient"] for row in csv.DictReader(stream)] == ["1"] * 6 + ["2"] * 6
+    assert "Doe^Jane0" in (tmp_path / "out" / "pairs.csv").read_text()
 
 
 def test_runs_of_a_store_are_ranked_and_what_is_compared_lies_beside_them(

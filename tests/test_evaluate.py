@@ -605,6 +605,26 @@ def test_one_case_is_no_cases_and_who_is_drawn_for_the_intervals_is_told(folders
     assert result["patients"] == 3 and "intervals: bootstrap over 3 patients" in printed(result, width)
 
 
+def test_references_without_prediction_stand_in_the_title_and_one_case_has_no_interval(folders):
+    for n in (1, 2, 3):
+        (folders / "predictions" / f"case_{n}.nii.gz").unlink()
+    lines = printed(evaluate(folders / "predictions", folders / "labels", metrics=["dice"]), 80)
+    assert "1 of 4 cases, without prediction: case_1, case_2, case_3" in lines
+    (row,) = [line.split() for line in lines if line.startswith("label 1 ") and " dice " in line]
+    assert row[2:] == ["dice", row[3], "±", "–", "–", row[7], "1", "0", "0"]
+
+
+def test_a_dataset_json_that_lists_no_cases_says_what_to_give_instead(folders, caplog):
+    labels = mapping(folders / "predictions" / "dataset.json", json.dumps({"labels": {"background": 0, "liver": 1}}))
+    with pytest.raises(MedsegError, match=f"E-NO-CASES .*: lists no cases: .*labelsTr.*--labels {labels}"):
+        evaluate(folders / "predictions", labels)
+    evaluate(folders / "predictions", folders / "labels")
+    assert f"W-LABELS the labels are called after their numbers; --labels {labels} gives them names" in caplog.text
+    caplog.clear()
+    evaluate(folders / "predictions", folders / "labels", labels=folders / "dataset.json")
+    assert "W-LABELS" not in caplog.text
+
+
 def test_the_json_says_what_files_and_values_each_case_was_scored_by(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(folders)
     (folders / "predictions" / "case_3.nii.gz").unlink()
@@ -626,7 +646,7 @@ def test_cases_that_are_skipped_are_told_in_one_line_a_fault(folders, caplog):
     for n in (0, 2):
         write_label(folders / "predictions" / f"case_{n}.nii.gz", np.full(GRID.shape, 7))
     result = evaluate(folders / "predictions", folders / "dataset.json", skip_failed=True)
-    assert "2 cases, failed: case_0, case_2" in printed(result, 80)
+    assert "2 of 4 cases, failed: case_0, case_2" in printed(result, 80)
     assert "W-FAILED 2 of 4 cases cannot be scored:" in caplog.text
     assert caplog.text.count("E-LABEL-UNDECLARED") == 1
 

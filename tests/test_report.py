@@ -156,6 +156,15 @@ def test_an_existing_folder_takes_the_page_under_its_usual_name(tmp_path: Path) 
     assert f"open in a browser: {tmp_path / 'pages' / 'report.html'}" in done.stdout
 
 
+def test_a_single_segmentation_is_reported_beside_itself(tmp_path: Path) -> None:
+    predictions = make_run(tmp_path / "run", {name: right_sided() for name in "ab"}) / "predictions"
+    found = report(str(predictions / "a.nii.gz"), scans=tmp_path / "data" / "images" / "a.nii.gz")
+    assert (found["cases"], found["pictures"], found["hint"]) == (1, 1, None)
+    assert found["page"] == str(predictions / "report.html")
+    with pytest.raises(MedsegError, match="E-REPORT-RUN"):
+        report(str(tmp_path / "run" / "per_case.csv"))
+
+
 def test_a_file_that_cannot_be_read_ends_the_command_with_3(tmp_path: Path) -> None:
     predictions = make_run(tmp_path / "run", {name: right_sided() for name in "ab"}) / "predictions"
     (predictions / "a.nii.gz").write_bytes(b"no scan")

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from medseg.data.foreign_labels import LabelTranslation
 from medseg.data.inputs import MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases, manifest_cases
-from medseg.data.manifest import Case, Manifest, case_id
+from medseg.data.manifest import Case, Manifest, case_id, read_json
 from medseg.data.volume_io import read_label, read_volume
 from medseg.errors import DataError
 from medseg.geometry import Geometry, Volume
@@ -120,6 +120,10 @@ class References:
             cases = find_cases([path], split=split)
             check_unique(cases)
             return cls(path, {case.id: Pair(case.id, case.images[0]) for case in cases})
+        found = read_json(path)
+        if "labels" in found and not any(found.get(key) for key in ("training", "test", "phantom")):
+            message = f"lists no cases: give the folder of the references (nnU-Net's labelsTr), and --labels {path}"
+            raise DataError("E-NO-CASES", message, where=str(path))
         manifest = Manifest.load(path)
         parts = [split] if split else [name for name in ("training", "test") if getattr(manifest, name)]
         cases = [case for part in parts for case in manifest_cases(manifest, part)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from medseg.metrics.groups import asks_for_lesions
 from medseg.metrics.lesions import by_size
-from medseg.metrics.statistics import bland_altman
+from medseg.metrics.statistics import bland_altman, mean_of_known
 from medseg.metrics.table import ALL_CLASSES, Score, Summary, summarize
 
 Result = dict[str, Any]
@@ -51,9 +51,7 @@ def only(scores: Sequence[Score], metrics: Sequence[str]) -> list[Score]:
 
 
 def _mean_of_organs(summary: Summary, metric: str) -> float:
-    means = [values[metric]["mean"] for values in summary.values() if metric in values]
-    known = [mean for mean in means if not math.isnan(mean)]
-    return sum(known) / len(known) if known else math.nan
+    return float(mean_of_known([values[metric]["mean"] for values in summary.values() if metric in values]))
 
 
 def _volume_agreement(scores: Sequence[Score]) -> dict[str, Result]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from medseg.metrics.statistics import (
     resampled_means,
     wilcoxon,
 )
-from medseg.metrics.table import ABSENT, MISSED, SPURIOUS
+from medseg.metrics.table import ABSENT, ALL_CLASSES, MISSED, SPURIOUS, belongs
 from medseg.registry import did_you_mean
 from medseg.wording import counted, listed
 
@@ -68,6 +68,10 @@ class RunTable:
     def cases(self) -> set[str]:
         return {case for case, _ in self.values}
 
+    @property
+    def organs(self) -> list[str]:
+        return list(dict.fromkeys(organ for _, organ in self.values))
+
     def says(self, key: Key, *notes: str) -> bool:
         """Whether the row's note has one of these."""
         return not set(notes).isdisjoint(self.notes.get(key, "").split("; "))
@@ -89,6 +93,12 @@ class Grid:
     patients: list[str]
     values: Array
 
+    @property
+    def counted(self) -> set[Key]:
+        """The results that every run has a value of."""
+        known = ~np.isnan(self.values).any(axis=2)
+        return {(self.cases[row], self.organs[column]) for row, column in np.argwhere(known)}
+
 
 def lower_is_better(metric: str) -> bool:
     """Whether less of a table's column is better."""
@@ -106,7 +116,7 @@ def sign_of(metric: str) -> int:
 
 
 def parsed_table(name: str, rows: Sequence[Mapping[str, str]], metric: str, **known: Any) -> RunTable:
-    """One metric of a table's rows.
+    """One metric of a table's rows; of those that have no such value, as all classes have no Dice, nothing.
 
     Args:
         name: What the run is called in messages.
@@ -134,21 +144,29 @@ def parsed_table(name: str, rows: Sequence[Mapping[str, str]], metric: str, **kn
         key, where = (row["case"], row["organ"]), f"{name}:{number}"
         if key in values:
             raise DataError("E-COMPARE-TABLE", f"case {key[0]}, organ {key[1]} is there twice", where=where)
+        if not belongs(metric, row["organ"]):
+            continue
         values[key] = _number(row, metric, where)
         notes[key] = row.get("note") or ""
         if row.get("patient"):
             patients[row["case"]] = row["patient"]
         if row.get("diagonal_mm"):
             diagonals[row["case"]] = _number(row, "diagonal_mm", where)
+    if not values:
+        message = f"has no row that {metric} belongs in" + f" ({ALL_CLASSES!r})" * (not belongs(metric, ""))
+        raise DataError("E-COMPARE-METRIC", message, where=name)
     return RunTable(name, values, notes=notes, patients=patients, diagonals=diagonals, **known)
 
 
 def _number(row: Mapping[str, str], column: str, where: str) -> float:
     try:
-        return float(row[column] or math.nan)
+        value = float(row[column] or math.nan)
     except ValueError:
+        value = math.inf
+    if math.isinf(value):
         message = f"{column} is {row[column]!r}; it must be a number, or empty where it is not defined"
-        raise DataError("E-COMPARE-TABLE", message, where=where) from None
+        raise DataError("E-COMPARE-TABLE", message, where=where)
+    return value
 
 
 def with_diagonals(tables: Sequence[RunTable], metric: str) -> list[RunTable]:
@@ -169,11 +187,9 @@ def with_diagonals(tables: Sequence[RunTable], metric: str) -> list[RunTable]:
     return [replace(table, values={key: value_of(table, key) for key in table.values}) for table in tables]
 
 
-def num_as_diagonal(tables: Sequence[RunTable], metric: str) -> int:
-    """How many organs that a run missed or invented `with_diagonals` gave the diagonal of their scan."""
-    if not is_distance(metric):
-        return 0
-    return sum(t.says(key, MISSED, SPURIOUS) and not math.isnan(mm) for t in tables for key, mm in t.values.items())
+def num_as_diagonal(table: RunTable, metric: str, keys: Collection[Key]) -> int:
+    """How many of these organs, all with a value, have the diagonal of their scan from `with_diagonals`."""
+    return sum(table.says(key, MISSED, SPURIOUS) for key in keys) if is_distance(metric) else 0
 
 
 def paired(baseline: RunTable, other: RunTable) -> Grid:
@@ -183,13 +199,16 @@ def paired(baseline: RunTable, other: RunTable) -> Grid:
         DataError: If there is none.
     """
     keys = [key for key in baseline.values if key in other.values]
-    if not keys:
-        raise DataError(
-            "E-COMPARE-CASES",
-            f"no case and organ is in both {baseline.name} (cases {listed(sorted(baseline.cases))}) and {other.name} "
-            f"(cases {listed(sorted(other.cases))}); compare runs of the same fold and data",
-        )
-    return side_by_side([baseline, other], keys)
+    if keys:
+        return side_by_side([baseline, other], keys)
+    tables = (baseline, other)
+    if baseline.cases & other.cases:
+        told = [f"{table.name} (organs {listed(table.organs)})" for table in tables]
+        advice = "call them alike: medseg evaluate --labels takes their names from a manifest or a model"
+    else:
+        told = [f"{table.name} (cases {listed(sorted(table.cases))})" for table in tables]
+        advice = "compare runs of the same fold and data"
+    raise DataError("E-COMPARE-CASES", f"no case and organ is in both {told[0]} and {told[1]}; {advice}")
 
 
 def side_by_side(tables: Sequence[RunTable], keys: Sequence[Key]) -> Grid:
@@ -283,10 +302,11 @@ def _is_unscored(baseline: RunTable, other: RunTable, key: Key) -> bool:
 
 
 def _is_lost(baseline: RunTable, other: RunTable, key: Key) -> bool:
+    is_known = not math.isnan(baseline.values[key])
     if key not in other.values:
-        return True
-    gone = math.isnan(other.values[key]) and not math.isnan(baseline.values[key])
-    return gone and not other.says(key, ABSENT)  # which is no fault: there the first run invented the organ
+        return is_known or baseline.says(key, MISSED, SPURIOUS)
+    # An organ absent in both is no fault: there the first run invented it.
+    return is_known and math.isnan(other.values[key]) and not other.says(key, ABSENT)
 
 
 def ranked(tables: Sequence[RunTable], grid: Grid, keys: Sequence[Key], sign: int) -> list[Result]:

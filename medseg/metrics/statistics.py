@@ -189,10 +189,11 @@ def patient_means(values: Values, patients: Patients = None) -> Array:
     return np.bincount(owners, weights=rows[:, 0]) / np.bincount(owners) if len(owners) else np.empty(0)
 
 
-def mean_of_known(values: Array, axis: int) -> Array:
+def mean_of_known(values: Values, axis: int = 0) -> Array:
     """The mean along an axis, NaN left out, and NaN where there is nothing else."""
-    count = (~np.isnan(values)).sum(axis=axis)
-    total = np.nansum(values, axis=axis)
+    found = np.asarray(values, float)
+    count = (~np.isnan(found)).sum(axis=axis)
+    total = np.nansum(found, axis=axis)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 

@@ -13,7 +13,7 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from medseg.errors import GeometryError, WorkflowError
+from medseg.errors import DataError, GeometryError, WorkflowError
 from medseg.files import write_atomically
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
@@ -190,7 +190,8 @@ def _score_organ(
     organ = evidence.organ(name)
     values = {called: metric.score(organ) for called, metric in metrics.items()}
     lesions = organ.lesions.table(evidence.voxel_ml) if with_lesions else ()
-    return Score(case, name, values, _note(organ.counts), lesions=lesions)
+    note = _note(organ.counts) if evidence.confusion.joint.any() else NOTHING_COUNTS
+    return Score(case, name, values, note, lesions=lesions)
 
 
 def _score_image(case: str, evidence: CaseEvidence, metrics: Mapping[str, Metric]) -> list[Score]:
@@ -280,9 +281,13 @@ def write_table(path: Path, scores: Sequence[Score]) -> None:
 
 
 def read_table(path: Path) -> list[Score]:
-    """The scores that `write_table` wrote, also before there were patients and diagonals; lesions are not in it."""
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    """The scores that `write_table` wrote, also before there were patients and diagonals; lesions are not in it.
+
+    Raises:
+        DataError: If it is no CSV.
+        KeyError: If a column is missing.
+        ValueError: If a value is no number.
+    """
     return [
         Score(
             row.pop("case"),
@@ -290,10 +295,28 @@ def read_table(path: Path) -> list[Score]:
             note=row.pop("note"),
             patient=row.pop("patient", ""),
             diagonal_mm=_number(row.pop("diagonal_mm", "")),
-            values={metric: _number(field) for metric, field in row.items() if _belongs(metric, organ)},
+            values={metric: _number(field) for metric, field in row.items() if belongs(metric, organ)},
         )
-        for row in rows
+        for row in read_rows(path)
     ]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV with a heading; what a short one lacks is empty.
+
+    Raises:
+        DataError: If it is no CSV in UTF-8 (a byte order mark is passed over), or a row is longer than the heading.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream, restval=""))
+    except (UnicodeDecodeError, csv.Error) as error:
+        message = f"is no CSV in UTF-8 ({error}); save it as “CSV UTF-8”"
+        raise DataError("E-TABLE", message, where=str(path)) from None
+    for number, row in enumerate(rows, start=2):
+        if None in row:  # where csv puts what is too much, as of 0,5 for 0.5
+            raise DataError("E-TABLE", "has more fields than the heading names", where=f"{path}:{number}")
+    return rows
 
 
 def write_lesions(path: Path, scores: Sequence[Score]) -> None:
@@ -322,10 +345,13 @@ def _field(value: float) -> str:
 
 
 def _number(field: str) -> float:
-    return float(field or "nan")
+    value = float(field or "nan")
+    if math.isinf(value):
+        raise ValueError(f"{field} is no value of a metric")
+    return value
 
 
-def _belongs(metric: str, organ: str) -> bool:
+def belongs(metric: str, organ: str) -> bool:
     """Whether a row has such a value: the image's metrics stand in a row of their own."""
     return metric not in METRICS or (METRICS[metric].scope == "image") == (organ == ALL_CLASSES)
 

@@ -34,6 +34,7 @@ from medseg.reporting.scene import CaseFiles, Scene
 from medseg.reporting.tables import Column, number, sortable_table
 from medseg.reporting.viewer import Shown, inline_script, viewer_section
 from medseg.reporting.words import significant_digits
+from medseg.wording import counted, listed
 
 NUM_PICTURES = 6
 NUM_IN_VIEWER = 2
@@ -46,8 +47,6 @@ NORMAL_MAD = 0.6745
 
 MIN_CASES = 5
 """With fewer, no volume can stand out."""
-
-MAX_NAMED = 5
 
 LIMITS = (
     "For research only: not a medical device, and no ground for a decision about a patient. Nobody has drawn references "
@@ -279,10 +278,10 @@ def _opening(batch: Batch) -> str:
             f'<div class="tile"><dt>{escape(organ)}</dt><dd><div class="number">{middle}</div>'
             f'<div class="detail">{batch.unit}, median; middle half {low} to {high}{absent}</div></dd></div>'
         )
-    scans = "1 scan was" if len(batch.cases) == 1 else f"{len(batch.cases)} scans were"
     return (
         '<header><p class="eyebrow">medseg report · segmentations without references · for research only</p>'
-        f'<h1>{escape(batch.name)}</h1><p class="lede">{scans} segmented. {_verdict(batch)}</p>{_findings(batch)}'
+        f'<h1>{escape(batch.name)}</h1><p class="lede">{counted(len(batch.cases), "scan")} segmented. '
+        f"{_verdict(batch)}</p>{_findings(batch)}"
         f'<dl class="tiles">{"".join(tiles)}</dl></header>'
     )
 
@@ -306,18 +305,13 @@ def _findings(batch: Batch) -> str:
     if batch.mostly_absent:
         told.append("Do the scans show it, was the network trained for it, and are these the right labels?")
     if batch.empty:
-        told.append(f"<b>Nothing at all was found in {len(batch.empty)} of {total}:</b> {_names(batch.empty)}.")
+        told.append(f"<b>Nothing at all was found in {len(batch.empty)} of {total}:</b> {escape(listed(batch.empty))}.")
     notices = [" ".join(told)] if told else []
     if batch.failed:
-        files = "1 file is" if len(batch.failed) == 1 else f"{len(batch.failed)} files are"
         reasons = "; ".join(f"{escape(c)}: {e.error_id} {escape(e.message)}" for c, e in batch.failed.items())
-        notices.append(f"<b>{files} not readable</b> and not in these numbers. {reasons}")
+        files = counted(len(batch.failed), "file")
+        notices.append(f"<b>Not readable: {files}</b>, not in these numbers. {reasons}")
     return "".join(f'<p class="notice">{notice}</p>' for notice in notices)
-
-
-def _names(cases: Sequence[str]) -> str:
-    more = f" and {len(cases) - MAX_NAMED} more" if len(cases) > MAX_NAMED else ""
-    return escape(", ".join(cases[:MAX_NAMED])) + more
 
 
 def _spread(batch: Batch) -> str:

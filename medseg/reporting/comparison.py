@@ -9,7 +9,7 @@ from typing import Any
 from medseg import __version__
 from medseg.metrics import METRICS
 from medseg.metrics.statistics import MIN_PATIENTS
-from medseg.reporting.comparison_figure import comparison_figure, ranking_figure
+from medseg.reporting.comparison_figure import Differences, comparison_figure, ranking_figure
 from medseg.reporting.comparison_table import (
     COMPARED,
     RANKED,
@@ -21,10 +21,9 @@ from medseg.reporting.comparison_table import (
 )
 from medseg.reporting.page import figure_svg, html_page
 from medseg.reporting.words import plain_words
+from medseg.wording import counted
 
 Result = Mapping[str, Any]
-Differences = Sequence[Mapping[str, Mapping[str, float]]]
-"""Of each comparison, by organ and case."""
 
 MAX_CASES = 5
 
@@ -59,8 +58,9 @@ def ranking_page(result: Result) -> str:
     Args:
         result: What `medseg.compare.rank_experiment` returns.
     """
-    title = f"{result['experiment']}: runs ranked by {_metric_title(result['metric'])}"
-    intro = f"Mean over {', '.join(result['organs'])} of {result['n_cases']} cases that all these runs were scored on."
+    title = f"{result['experiment']}: runs ranked by {_metric_title(result['metric'])} of {', '.join(result['organs'])}"
+    cases = counted(result["n_cases"], "case")
+    intro = f"Mean over {', '.join(result['organs'])} of {cases} that all these runs were scored on."
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(plain_words(result['metric']))} {_direction(result)} {escape(intro)}</p>",

@@ -96,16 +96,9 @@ def _draw_differences(
             fill = INK if found["p_holm"] < SIGNIFICANT else "white"
             axes.plot(found["ci95"], (y, y), color=INK, linewidth=2.2, solid_capstyle="butt", zorder=3)
             axes.plot(found["difference"], y, "D", color=INK, markerfacecolor=fill, markersize=6.5, zorder=4)
-        note = (
-            ""
-            if not found["n"]
-            else p_text(found["p_holm"])
-            if math.isnan(found["p"])
-            else f"p {p_text(found['p_holm'])}"
-        )
-        axes.annotate(
-            note, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=QUIET
-        )  # fmt: skip
+        if found["n"]:
+            note = ("" if math.isnan(found["p"]) else "p ") + p_text(found["p_holm"])
+            axes.annotate(note, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=QUIET)
     axes.axvline(0, color=INK, linewidth=0.8, zorder=1)
     axes.set_xlim(-limit * 1.04, limit * 1.04)
     _tidy(axes, list(organs))

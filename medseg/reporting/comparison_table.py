@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from medseg.metrics.statistics import MIN_PATIENTS
-from medseg.wording import counted
+from medseg.wording import counted, listed
 
 Result = Mapping[str, Any]
 Row = tuple[str, ...]
@@ -26,10 +26,12 @@ COMPARED = (
 RANKED = ("", "run", "mean [95 % interval]", "difference to the best", "p (Holm)", "missed organs", "invented organs")
 
 _COMPARED_NARROW = (
-    "organ", "n", "before", "now", "difference\n[95 % interval]", "p\n(Holm)", "effect", "win/tie\n/loss", "missed",
-    "inven-\nted",
+    "organ", "n", "before", "now", "difference [95 % interval]", "p (Holm)", "effect", "win/tie\n/loss", "missed",
+    "invented",
 )  # fmt: skip
-_RANKED_NARROW = ("", "run", "mean\n[95 % interval]", "difference\nto the best", "p\n(Holm)", "missed", "inven-\nted")
+_RANKED_NARROW = ("", "run", "mean [95 % interval]", "difference\nto the best", "p\n(Holm)", "missed", "invented")
+_BELOW = ("now", "effect", "invented")
+"""Headings that stand below the one before, so that names have room in a narrow terminal."""
 
 
 def p_text(p: float) -> str:
@@ -41,12 +43,10 @@ def p_text(p: float) -> str:
 
 def with_interval(value: float, ci95: tuple[float, float], *, signed: bool = False) -> str:
     """``+0.012 [0.004, 0.020]``."""
-    sign = "+" if signed else ""
-    if math.isnan(value):
-        return "–"
-    if math.isnan(ci95[0]):
-        return f"{value:{sign}.3f}"
-    return f"{value:{sign}.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]"
+    told = _number(value, "+" if signed else "")
+    if math.isnan(value) or math.isnan(ci95[0]):
+        return told
+    return f"{told} [{_number(ci95[0])}, {_number(ci95[1])}]"
 
 
 def compared_rows(comparison: Result) -> list[Row]:
@@ -55,8 +55,8 @@ def compared_rows(comparison: Result) -> list[Row]:
         (
             organ,
             str(found["n"]),
-            f"{found['baseline']:.3f}",
-            f"{found['run']:.3f}",
+            _number(found["baseline"]),
+            _number(found["run"]),
             with_interval(found["difference"], found["ci95"], signed=True),
             p_text(found["p_holm"]),
             "–" if math.isnan(found["effect_size"]) else f"{found['effect_size']:+.2f}",
@@ -96,36 +96,48 @@ def comparison_table(result: Result) -> RenderableType:
     for comparison in result["comparisons"]:
         title = f"{result['metric']}: {comparison['label']} compared with {result['baseline_label']}"
         rows = compared_rows(comparison)
-        shown.append(_table(title, _COMPARED_NARROW, rows, "0→0", left=("organ",), last=mean_row(comparison)))
+        shown.append(_table(title, _COMPARED_NARROW, rows, "0→0", left="organ", last=mean_row(comparison)))
     return Group(*shown, Text("\n".join([*result["warnings"], *_small_print(result), *_page(result)])))
 
 
 def ranking_table(result: Result) -> RenderableType:
     """What `medseg.compare.rank_experiment` found, for a terminal of 80 columns."""
     runs, cases = counted(len(result["ranking"]), "run"), counted(result["n_cases"], "case")
-    title = f"{result['metric']} of {result['experiment']}: {runs}, {cases}"
-    table = _table(title, _RANKED_NARROW, ranked_rows(result), "0", left=("run",))
+    title = f"{result['metric']} of {result['experiment']}: {runs}, {cases}; {listed(result['organs'])}"
+    table = _table(title, _RANKED_NARROW, ranked_rows(result), "0", left="run")
     return Group(table, Text("\n".join([*result["warnings"], *_counting(result), *_page(result)])))
 
 
-def _table(
-    title: str, headings: Row, rows: Sequence[Row], none: str, *, left: Sequence[str], last: Row | None = None
-) -> Table:
-    """A table without the columns of missed and invented organs in which every cell says that there is none."""
-    kept = [n for n in range(len(headings)) if any(row[n] != none for row in rows)]
-    columns = [
-        Column(headings[n], overflow="fold", min_width=9, vertical="bottom")
-        if headings[n] in left
-        else Column(headings[n], justify="right", no_wrap=True, vertical="bottom")
-        for n in kept
-    ]
-    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+def _table(title: str, headings: Row, rows: Sequence[Row], none: str, *, left: str, last: Row | None = None) -> Table:
+    """Two lines a row; without the column of missed and invented organs if there are none."""
+    columns = _stacked(headings, headings)
+    columns = columns[: len(columns) - all({*row[-2:]} == {none} for row in rows)]
+    table = Table(
+        *(Column(h, overflow="fold") if h == left else Column(h, justify="right", no_wrap=True) for h in columns),
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
+    )  # fmt: skip
     for row in rows:
-        table.add_row(*(row[n] for n in kept))
+        table.add_row(*_stacked(row, headings)[: len(columns)])
     if last:
         table.add_section()
-        table.add_row(*(last[n] for n in kept))
+        table.add_row(*_stacked(last, headings)[: len(columns)])
     return table
+
+
+def _stacked(row: Row, headings: Row) -> list[str]:
+    """Intervals, and the cells `_BELOW` others, on a second line."""
+    cells: list[str] = []
+    for heading, cell in zip(headings, row, strict=True):
+        if heading in _BELOW:
+            cells[-1] = f"{cells[-1]}\n{cell}".rstrip()
+        else:
+            cells.append(cell.replace(" [", "\n["))
+    return cells
+
+
+def _number(value: float, sign: str = "") -> str:
+    """Three digits or four, in few places."""
+    return "–" if math.isnan(value) else f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
 
 
 def _small_print(result: Result) -> list[str]:

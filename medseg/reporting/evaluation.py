@@ -21,14 +21,22 @@ SCORE = ("mean ± std", "95 % interval", "median", "n")
 
 def evaluation_table(result: Result) -> RenderableType:
     """How well each organ was found by each metric, how well volumes agree, and what was not scored."""
-    failed = [entry["case"] for entry in result["failed"]]
-    lines = [f"\n{counted(result['cases'], 'case')}" + (f", failed: {listed(failed)}" if failed else "")]
-    shown: list[RenderableType] = [Text("\n".join(lines)), _Scores(result)]
+    shown: list[RenderableType] = [Text(f"\n{_cases(result)}"), _Scores(result)]
     if result["volumes"]:
         shown.append(_volumes_table(result["volumes"]))
     files = [f"{result[key]}" for key in ("table", "evaluation", "lesion_table") if result.get(key)]
     shown.append(Text("\n".join(["", _small_print(result["patients"]), *files]), overflow="ignore", no_wrap=True))
     return Group(*shown)
+
+
+def _cases(result: Result) -> str:
+    """How many cases the numbers are of, and which they are not of."""
+    failed, absent = [entry["case"] for entry in result["failed"]], result["unmatched"]["references"]
+    total = result["cases"] + len(failed) + len(absent)
+    told = [f"{result['cases']} of {counted(total, 'case')}" if failed or absent else counted(total, "case")]
+    told += [f"failed: {listed(failed)}"] if failed else []
+    told += [f"without prediction: {listed(absent)}"] if absent else []
+    return ", ".join(told)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,8 @@ def _small_print(patients: int | None) -> str:
 
 
 def _range(bounds: Sequence[float]) -> str:
+    if not all(map(math.isfinite, bounds)):
+        return "–"
     low, high = map(_number, bounds)
     return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
 

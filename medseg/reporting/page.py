@@ -90,18 +90,16 @@ def picture_html(picture: npt.NDArray[np.uint8], alt: str) -> str:
     return f'<img src="{content}" width="{width}" height="{height}" alt="{escape(alt)}">'
 
 
-def section(heading: str, content: str, *, explanation: str = "", anchor: str = "") -> str:
+def section(heading: str, content: str, *, explanation: str = "") -> str:
     """A part of a page.
 
     Args:
         heading: Plain text.
         content: HTML.
         explanation: HTML that says how to read it.
-        anchor: Name that links lead to.
     """
-    named = f' id="{anchor}"' if anchor else ""
     told = f'<p class="explanation">{explanation}</p>\n' if explanation else ""
-    return f"<section{named}>\n<h2>{escape(heading)}</h2>\n{told}{content}\n</section>"
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{told}{content}\n</section>"
 
 
 def definitions(entries: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from medseg.geometry import Volume
 from medseg.labels import Labels
 from medseg.metrics import METRICS
 from medseg.metrics.paired import is_distance, sign_of
+from medseg.metrics.statistics import mean_of_known
 from medseg.metrics.table import MetricSummary, score_case, summarize
 from medseg.model import Preprocessing
 from medseg.reporting.figures import curves_figure, organs_figure
@@ -27,16 +28,16 @@ from medseg.reporting.pictures import (
 )
 from medseg.reporting.run import Result, Run, read_run
 from medseg.reporting.scene import Scene
-from medseg.reporting.tables import Row, cases_table, mean_of, number, rank_cases, values_of
+from medseg.reporting.tables import Row, cases_table, number, rank_cases, values_of
 from medseg.reporting.viewer import Shown, inline_script, viewer_section
 from medseg.reporting.words import digits_for, is_score, plain_words, short_name
+from medseg.wording import counted, duration
 
 REPORT = "report.html"
 """What the page is called in a run folder."""
 
 NUM_WORST = 5
 MAX_TILES = 6
-MAX_FIGURES = 4
 SAME_DICE = 0.001
 """Differences below this are rounding."""
 
@@ -88,7 +89,10 @@ def write_run_page(
         section(
             "Every case, worst first",
             cases_table(rows, metrics, picture_anchors(scenes)),
-            explanation="A click on a heading sorts by it." + " A linked case is pictured above." * bool(scenes),
+            explanation="A click on a heading sorts by it."
+            + " A linked case is pictured above." * bool(scenes)
+            + " A missed organ without a value ranks as the worst that can be."
+            * _misses_without_value(rows, metrics[0]),
         ),
         _provenance(run),
         f"<footer><p>{LIMITS}</p></footer>",
@@ -118,25 +122,21 @@ def _opening(run: Run, rows: Sequence[Row], metric: str) -> str:
     if run.trainings:
         folds = f", in {len(run.trainings)} folds, each scored by the network that had not seen it"
         what = f"that the network had not seen in training {_were(rows)} segmented and held to what an expert drew"
-        what = f"scan{_s(rows)} {what}{folds * (len(run.trainings) > 1)}"
+        lede = f"{counted(len(rows), 'scan')} {what}{folds * (len(run.trainings) > 1)}."
     else:
-        what = f"segmentation{_s(rows)} {_were(rows)} held to what an expert drew"
-    lede = f"{len(rows)} {what}."
+        lede = f"{counted(len(rows), 'segmentation')} {_were(rows)} held to what an expert drew."
     if means:
-        lede += f" The mean {escape(short_name(metric))} is <b>{number(mean_of(list(means.values())), digits)}</b>"
+        mean = number(float(mean_of_known(list(means.values()))), digits)
+        lede += f" The mean {escape(short_name(metric))} is <b>{mean}</b>"
         lede += f", from {_extremes(means, digits)}." if len(means) > 1 else "."
     else:
         lede += f" None of them has a value of {escape(short_name(metric))}; the table’s notes say why."
-    lede += f" {_found(missed, spurious)}"
+    lede += f" {_found(missed, spurious, 'The network' if run.trainings else 'The prediction')}"
     tiles = "".join(_tile(organ, found, metric, digits) for organ, found in _tiled(summary, metric))
     return (
         f'<header><p class="eyebrow">medseg report · for research only</p><h1>{escape(run.name)}</h1>'
         f'<p class="lede">{lede}</p>{_not_scored(run)}<dl class="tiles">{tiles}</dl></header>'
     )
-
-
-def _s(rows: Sequence[Row]) -> str:
-    return "s" * (len(rows) != 1)
 
 
 def _were(rows: Sequence[Row]) -> str:
@@ -160,17 +160,22 @@ def _extremes(means: Mapping[str, float], digits: int) -> str:
     return f"{number(means[low], digits)} ({escape(low)}) to {number(means[high], digits)} ({escape(high)})"
 
 
-def _found(missed: int, spurious: int) -> str:
+def _found(missed: int, spurious: int, who: str) -> str:
     """How often something was not found, or found where nothing is."""
     if not missed and not spurious:
         return "No organ was missed, and none was drawn where there is none."
     parts = [f"missed an organ altogether {_times(missed)}"] if missed else []
     parts += [f"drew {'one' if missed else 'an organ'} that is not there {_times(spurious)}"] if spurious else []
-    return f"The network <b>{' and '.join(parts)}</b>; the table says where."
+    return f"{who} <b>{' and '.join(parts)}</b>; the table says where."
 
 
 def _times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _misses_without_value(rows: Sequence[Row], metric: str) -> bool:
+    scores = [score for row in rows for score in row.organs.values()]
+    return any(score.is_missed and math.isnan(score.values.get(metric, 0.0)) for score in scores)
 
 
 def _tiled(summary: Mapping[str, MetricSummary], metric: str) -> list[tuple[str, MetricSummary]]:
@@ -184,7 +189,7 @@ def _tiled(summary: Mapping[str, MetricSummary], metric: str) -> list[tuple[str,
 def _tile(organ: str, found: MetricSummary, metric: str, digits: int) -> str:
     low, high = found["ci95"]
     interval = f"95 % interval {number(low, digits)} to {number(high, digits)}<br>" if found["n"] > 1 else ""
-    cases = f"{found['n']} case{'s' * (found['n'] != 1)}"
+    cases = counted(found["n"], "case")
     missed = f", missed in {found['n_missed']}" if found["n_missed"] else ""
     return (
         f'<div class="tile"><dt>{escape(organ)}</dt><dd><div class="number">{number(found["mean"], digits)}</div>'
@@ -200,14 +205,15 @@ def _reading(metrics: Sequence[str]) -> str:
 
 
 def _spread(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    shown = [metric for metric in metrics if _is_ranked(metric) and metric != "iou"][:MAX_FIGURES] or metrics[:1]
+    """A figure for each metric but IoU beside Dice, which it follows from."""
+    shown = [metric for metric in metrics if metric != "iou" or "dice" not in metrics]
     organs = list(dict.fromkeys(organ for row in rows for organ in row.organs))
     figures, is_left_out = [], False
     for metric in shown:
         values = {organ: values_of(rows, organ, metric) for organ in organs}
         if not any(map(math.isfinite, (value for found in values.values() for value in found))):
             continue
-        is_left_out |= is_distance(metric) and any(score.is_missed for row in rows for score in row.organs.values())
+        is_left_out |= is_distance(metric) and _misses_without_value(rows, metric)
         dots = {
             organ: [(row.anchor, value) for row, value in zip(rows, values[organ], strict=True)] for organ in organs
         }
@@ -259,7 +265,7 @@ def _shown(rows: Sequence[Row], scenes: Mapping[str, Scene], metric: str) -> lis
     named: dict[str, Shown] = {}
     for name, row in _named(rows).items():
         if row.case in scenes and scenes[row.case].image.ndim == 3:
-            detail = f"{short_name(metric)} {number(row.rank, digits)}"
+            detail = f"{short_name(metric)} {number(row.mean(metric), digits)}"
             named.setdefault(row.case, Shown(scenes[row.case], f"{name}: {row.case}", detail))
     return list(named.values())
 
@@ -308,7 +314,8 @@ def _pictures(
         labels,
         captions,
         notice=notice,
-        explanation="Colored lines: what the network drew. White lines: what the expert drew (the reference).",
+        explanation=f"Colored lines: {'what the network drew' if run.trainings else 'the prediction'}. "
+        "White lines: what the expert drew (the reference).",
     )
 
 
@@ -323,7 +330,7 @@ def _provenance(run: Run) -> str:
         "held-out fold": found.get("fold") if len(run.trainings) < 2 else f"each of {len(run.trainings)}",
         "best at iteration": (run.result.get("best") or {}).get("step"),
         "iterations": run.result.get("iterations"),
-        "duration": _duration(seconds) if seconds else None,
+        "duration": duration(seconds) if seconds else None,
         "data hash": found.get("medseg.manifest_sha256") or found.get("medseg.data_hash"),
         "git commit": found.get("medseg.git_commit"),
         "versions": found.get("medseg.versions"),
@@ -331,17 +338,6 @@ def _provenance(run: Run) -> str:
     }
     return section(
         "Where this comes from", f"<details><summary>Data, code and machine</summary>{definitions(entries)}</details>"
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return (
-        f"{seconds:.0f} s"
-        if minutes < 2
-        else f"{minutes:.0f} minutes"
-        if minutes < 120
-        else f"{minutes / 60:.1f} hours"
     )
 
 

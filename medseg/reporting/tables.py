@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-import numpy as np
-
 from medseg.metrics import METRICS
-from medseg.metrics.paired import sign_of
+from medseg.metrics.paired import is_distance, sign_of
+from medseg.metrics.statistics import mean_of_known
 from medseg.metrics.table import Score
 from medseg.reporting.words import digits_for, short_name
 
@@ -42,7 +41,7 @@ class Row:
         case: Its id.
         anchor: Its row's id in the page.
         organs: By organ the scores of it.
-        rank: Mean over the organs of the metric that ranks; NaN: none has a value.
+        rank: Mean over the organs of the metric that ranks, see `rank_cases`; NaN: none has a value.
     """
 
     case: str
@@ -52,7 +51,7 @@ class Row:
 
     def mean(self, metric: str) -> float:
         """Over the organs that have a value."""
-        return mean_of([score.values.get(metric, math.nan) for score in self.organs.values()])
+        return float(mean_of_known([score.values.get(metric, math.nan) for score in self.organs.values()]))
 
     @property
     def notes(self) -> str:
@@ -62,6 +61,9 @@ class Row:
 def rank_cases(scores: Sequence[Score], metric: str) -> list[Row]:
     """The cases, worst first; those without a value come last.
 
+    A missed organ's distance ranks as the scan's diagonal, as does an invented one's; if that is not known, and with any
+    other metric that a miss leaves without a value, a case with a miss is worse than all without.
+
     Args:
         scores: Of any number of cases.
         metric: What ranks them.
@@ -70,11 +72,20 @@ def rank_cases(scores: Sequence[Score], metric: str) -> list[Row]:
     for score in scores:
         by_case.setdefault(score.case, {})[score.organ] = score
     rows = [
-        Row(case, f"case-{n}", organs, mean_of([score.values.get(metric, math.nan) for score in organs.values()]))
+        Row(case, f"case-{n}", organs, float(mean_of_known([_ranks_as(score, metric) for score in organs.values()])))
         for n, (case, organs) in enumerate(by_case.items())
     ]
     sign = sign_of(metric)
     return sorted(rows, key=lambda row: (math.isnan(row.rank), 0 if math.isnan(row.rank) else sign * row.rank))
+
+
+def _ranks_as(score: Score, metric: str) -> float:
+    value = score.values.get(metric, math.nan)
+    is_failure = score.is_missed or (score.is_spurious and is_distance(metric))
+    if metric not in score.values or not math.isnan(value) or not is_failure:
+        return value
+    is_known = is_distance(metric) and not math.isnan(score.diagonal_mm)
+    return score.diagonal_mm if is_known else -sign_of(metric) * math.inf
 
 
 def values_of(rows: Sequence[Row], organ: str, metric: str) -> list[float]:
@@ -143,12 +154,6 @@ def sortable_table(
 def number(value: float, digits: int = 3) -> str:
     """For people; a dash where there is none."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
-
-
-def mean_of(values: Sequence[float]) -> float:
-    """Of those that are there; NaN if none is."""
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
 
 
 def _kind(column: Column) -> str:

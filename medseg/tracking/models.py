@@ -54,6 +54,9 @@ def register(run: str, name: str, *, alias: str | None = None, tracking_uri: str
         WorkflowError: If MLflow does not take the name or the alias.
     """
     delivery = Delivery.load(Path(run))
+    if not delivery and Path(run).is_dir():
+        message = "is a folder, but no run folder of a training that MLflow knows; name a run folder, or a run's id"
+        raise ModelError("E-RUN", message, where=run)
     run_id, uri = (
         (delivery.run_id or delivery.local_id, tracking_uri or delivery.uri) if delivery else (run, tracking_uri)
     )
@@ -84,7 +87,9 @@ def _run_of_registered(client: MlflowClient, model: str) -> str:
     if not is_alias:
         name, _, number = name.rpartition("/")
     if not name or not (alias if is_alias else number.isdigit()):
-        message = "is no registered model; write models:/NAME@ALIAS or models:/NAME/VERSION"
+        lacks = "a name" if is_alias and not name else "an alias or a version"
+        told = _aliases(client, name if is_alias else name or number)
+        message = f"lacks {lacks}; write models:/NAME@ALIAS or models:/NAME/VERSION{told}"
         raise ModelError("E-REGISTRY", message, where=model)
     try:
         if is_alias:

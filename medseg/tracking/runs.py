@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +17,21 @@ from urllib.request import url2pathname
 from medseg.data.manifest import cache_folder
 from medseg.errors import ModelError
 from medseg.files import temporary_path
-from medseg.metrics.table import PER_CASE
+from medseg.metrics.table import PER_CASE, read_rows
 from medseg.registry import did_you_mean
 from medseg.tracking.mlflow_tracker import PARENT_TAG, RUN_DIR_TAG, ask, find_by_local_id, is_local_id
 from medseg.tracking.sender import StoreError
 from medseg.tracking.spool import Delivery
 from medseg.tracking.store import answer, connect, shown, silent
+from medseg.wording import listed
 
 if TYPE_CHECKING:
     from medseg.tracking.mlflow_tracker import MlflowClient
 
 COMPARISONS = "comparisons"
+SHORT_ID = re.compile("[0-9a-f]{8,31}")
+"""The beginning of an MLflow id of 32."""
+
 DOWNLOADS = 8
 """Tables fetched at a time."""
 
@@ -39,14 +43,12 @@ class TrackedRun:
     Args:
         run_id: MLflow's id.
         name: What people call it.
-        params: The workflow, flattened.
         tags: Those of `medseg.build.provenance`, and MLflow's own.
         rows: Of ``per_case.csv``: case, organ, and a column a metric.
     """
 
     run_id: str
     name: str
-    params: Mapping[str, str]
     tags: Mapping[str, str]
     rows: list[dict[str, str]]
 
@@ -59,7 +61,6 @@ class Run:
         run_id: MLflow's id.
         name: What people call it.
         status: RUNNING, FINISHED, FAILED or KILLED.
-        params: See `TrackedRun`.
         tags: See `TrackedRun`.
         artifacts: URI of its artifacts.
     """
@@ -67,14 +68,13 @@ class Run:
     run_id: str
     name: str
     status: str
-    params: Mapping[str, str]
     tags: Mapping[str, str]
     artifacts: str
 
     @classmethod
     def of(cls, run: Any) -> Run:
         info, data = run.info, run.data
-        return cls(info.run_id, info.run_name, info.status, data.params, data.tags, info.artifact_uri)
+        return cls(info.run_id, info.run_name, info.status, data.tags, info.artifact_uri)
 
     @property
     def run_dir(self) -> Path | None:
@@ -155,21 +155,29 @@ def log_comparison(run_id: str, folder: Path, uri: str | None = None) -> None:
 
 
 def find_run(client: MlflowClient, run_id: str, uri: str | None) -> Run:
-    """A run by its id, or by the one it had before its store answered.
+    """A run by its id, by the first eight of its letters or more, or by the id it had before its store answered.
 
     Raises:
-        ModelError: If there is no such run, or the store does not answer.
+        ModelError: If there is no such run, several have ids that begin so, or the store does not answer.
     """
     try:
         if is_local_id(run_id):
-            experiments = [e.experiment_id for e in ask(client.search_experiments)]
-            run_id = find_by_local_id(client, experiments, run_id) or run_id
+            run_id = find_by_local_id(client, _experiments(client), run_id) or run_id
+        elif SHORT_ID.fullmatch(run_id):
+            found = [r.info.run_id for r in ask(client.search_runs, _experiments(client), f"run_id LIKE '{run_id}%'")]
+            if len(found) > 1:
+                raise ModelError("E-RUN", f"means several runs: {listed(found)}; write more of the id", where=run_id)
+            run_id = found[0] if found else run_id
         return Run.of(ask(client.get_run, run_id))
     except StoreError as error:
         if not error.refused:
             raise silent(uri, error) from None
         message = f"{run_id!r} is no folder, and {shown(uri)} has no run of that id; check both, or name another store"
         raise ModelError("E-RUN", message, where=run_id) from None
+
+
+def _experiments(client: MlflowClient) -> list[str]:
+    return [experiment.experiment_id for experiment in ask(client.search_experiments)]
 
 
 def downloaded(client: MlflowClient, run: Run, artifact: str) -> Path:
@@ -220,10 +228,8 @@ def _has_table(client: MlflowClient, run: Run, uri: str | None) -> bool:
 
 
 def _with_rows(client: MlflowClient, run: Run) -> TrackedRun:
-    path = run.table_here() or downloaded(client, run, PER_CASE)
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return TrackedRun(run.run_id, run.name, run.params, run.tags, rows)
+    rows = read_rows(run.table_here() or downloaded(client, run, PER_CASE))
+    return TrackedRun(run.run_id, run.name, run.tags, rows)
 
 
 def _is_folder_of(folder: Path, run_id: str) -> bool:

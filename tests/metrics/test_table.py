@@ -5,7 +5,7 @@ import statistics
 import numpy as np
 import pytest
 
-from medseg.errors import GeometryError, WorkflowError
+from medseg.errors import DataError, GeometryError, WorkflowError
 from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
 from medseg.metrics.lesions import Lesion
@@ -16,6 +16,7 @@ from medseg.metrics.table import (
     NOTHING_COUNTS,
     SPURIOUS,
     Score,
+    read_rows,
     read_table,
     score_case,
     score_organs,
@@ -145,7 +146,7 @@ def test_scores_of_the_image_stand_in_a_row_of_their_own():
 
 def test_a_case_of_which_every_voxel_is_ignored_says_so():
     rows = score_case("c", volume(255, 255, 255, 255), volume(1, 1, 0, 1), LABELS, metrics=["mean_iou"])
-    assert [row.note for row in rows] == [ABSENT, ABSENT, NOTHING_COUNTS]
+    assert [row.note for row in rows] == [NOTHING_COUNTS] * 3
 
 
 def test_the_table_is_a_csv_whose_missing_values_are_empty(tmp_path):
@@ -179,6 +180,25 @@ def test_a_table_from_before_there_were_patients_is_read(tmp_path):
     (score,) = read_table(tmp_path / "old.csv")
     assert (score.case, score.organ, score.patient, score.note) == ("c", "liver", "", "missed")
     assert math.isnan(score.values["dice"]) and math.isnan(score.diagonal_mm)
+
+
+def test_a_csv_with_a_byte_order_mark_is_read_and_one_of_other_letters_or_rows_too_long_is_refused(tmp_path):
+    path, text = tmp_path / "t.csv", "case,organ,dice,note\nc,liver\nd,liver,0.5,\n"
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_rows(path)[0] == {"case": "c", "organ": "liver", "dice": "", "note": ""}
+    assert [score.case for score in read_table(path)] == ["c", "d"]
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(DataError, match=r"E-TABLE .*t.csv: is no CSV in UTF-8"):
+        read_rows(path)
+    path.write_text(text + "e,liver,0,5,\n")
+    with pytest.raises(DataError, match=r"E-TABLE .*t.csv:4: has more fields"):
+        read_rows(path)
+
+
+def test_infinity_is_no_value(tmp_path):
+    (tmp_path / "t.csv").write_text("case,organ,hd95,note\nc,liver,inf,\n")
+    with pytest.raises(ValueError, match="inf"):
+        read_table(tmp_path / "t.csv")
 
 
 def test_each_lesion_has_a_row_in_a_table_of_its_own(tmp_path):

@@ -157,7 +157,7 @@ def test_files_that_cannot_be_read_are_listed_and_the_others_shown(segmentations
         ("p6", "E-NIFTI-EMPTY"),
     ]
     html = (segmentations / "report.html").read_text()
-    assert "<b>2 files are not readable</b>" in html
+    assert "<b>Not readable: 2 files</b>" in html
     assert "p2: E-NIFTI-TRUNCATED expected" in html
     assert str(segmentations) not in html
     rows = re.findall(r'<th scope="row" data-value="(p\d)"', html)

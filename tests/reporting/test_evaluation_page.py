@@ -11,7 +11,7 @@ import pytest
 
 from medseg.evaluate import evaluate
 from medseg.metrics.table import EVALUATION
-from medseg.report import report
+from medseg.report import report, report_summary
 
 from .run_folders import LABELS, make_run, right_sided, shifted
 
@@ -67,14 +67,29 @@ def test_without_names_its_labels_are_numbers_and_that_is_said(evaluation: Path,
     assert "<code>--labels</code>" not in html
 
 
+def test_every_metric_that_was_asked_for_has_its_figure_and_no_network_is_blamed(tmp_path: Path) -> None:
+    without = right_sided()
+    without[without == 2] = 0
+    run = make_run(tmp_path / "run", {"a": without})
+    metrics = ["overlap", "surface", "volume"]
+    evaluate(run / "predictions", tmp_path / "data" / "labels", metrics=metrics, output=tmp_path / "scored")
+    _, html = html_of(tmp_path / "scored")
+    for name in ("Dice", "precision", "HD95 (mm)", "surface Dice", "volume difference (ml)"):
+        assert f'aria-label="{name} of each organ' in html
+    assert "The prediction <b>missed an organ altogether once" in html
+    assert "network" not in html[html.index("<header>") :].replace("network’s probabilities", "").split("<script")[0]
+
+
 def test_without_scans_it_says_how_to_name_them(evaluation: Path, tmp_path: Path) -> None:
     files = json.loads((evaluation / EVALUATION).read_text())["files"]
     change(evaluation, files={case: {**known, "image": None} for case, known in files.items()})
     result, html = html_of(evaluation)
     assert result["pictures"] == 0
     assert "it is not known which scans belong to them; name these with --scans (c, b, a)" in html
+    assert "no pictures: name the scans with --scans" in str(report_summary(result))
     result, _ = html_of(evaluation, scans=tmp_path / "data" / "images")
     assert result["pictures"] == 3
+    assert "--scans" not in str(report_summary(result))
 
 
 def test_files_that_are_gone_or_were_never_told_leave_the_numbers(evaluation: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 from matplotlib.figure import Figure
 
-from medseg.reporting.page import definitions, figure_svg, html_page, picture_html, section
+from medseg.reporting.page import definitions, figure_svg, html_page, picture_html
 from medseg.reporting.viewer import inline_script
 
 
@@ -55,10 +55,6 @@ def test_definitions_leave_out_what_is_not_known() -> None:
     assert "commit" not in html
     assert "&lt;x&gt;" in html
     assert "&lt;y&gt;" in html
-
-
-def test_a_section_can_be_linked_to() -> None:
-    assert section("A & B", "c", anchor="a").startswith('<section id="a">\n<h2>A &amp; B</h2>')
 
 
 def test_no_program_ends_its_own_element() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from medseg.errors import MedsegError
-from medseg.metrics.table import Score, write_table
+from medseg.metrics.table import ALL_CLASSES, SPURIOUS, Score, read_table, write_table
 from medseg.reporting.run_page import write_run_page
 from medseg.reporting.tables import rank_cases
 
@@ -144,10 +144,39 @@ def test_by_a_distance_the_largest_is_the_worst_and_a_missed_organ_is_told(tmp_p
     scores = [Score(c, "liver", {"volume_ml": 9.0, "hd95": mm}, "missed" * (mm != mm)) for c, mm in distances.items()]
     write_table(tmp_path / "per_case.csv", scores)
     html = page_of(tmp_path)
-    assert re.findall(r'<th scope="row" data-value="(\w)"', html) == ["b", "a", "c"], "a volume ranks nothing"
+    assert re.findall(r'<th scope="row" data-value="(\w)"', html) == ["c", "b", "a"], "a volume ranks nothing"
+    assert "A missed organ without a value ranks as the worst" in html
     assert "A missed organ has no distance" in html
     assert "2 cases, missed in 1" in html
     assert f'<div class="number">{(1.254 + 27.3) / 2:.1f}</div>' in html
+
+
+def test_a_missed_or_invented_organ_is_as_far_off_as_the_scan_is_long() -> None:
+    nan = float("nan")
+    cases = {
+        "found": (60.0, ""),
+        "missed": (nan, "missed"),
+        "spurious": (nan, SPURIOUS),
+        "absent": (nan, "absent in both"),
+    }
+    scores = [Score(case, "x", {"hd95": mm}, note, diagonal_mm=90.0) for case, (mm, note) in cases.items()]
+    scores += [Score("all", ALL_CLASSES, {"mean_iou": 0.5}), Score("unknown", "x", {"hd95": nan}, "missed")]
+    rows = rank_cases(scores, "hd95")
+    assert [row.case for row in rows] == ["unknown", "missed", "spurious", "found", "absent", "all"]
+    assert [row.rank for row in rows[1:4]] == [90, 90, 60]
+    rows = rank_cases([Score("a", "x", {"precision": nan}, "missed"), Score("b", "x", {"precision": 0.0})], "precision")
+    assert [row.case for row in rows] == ["a", "b"]
+
+
+def test_a_case_whose_only_organ_was_missed_has_its_picture_also_without_dice(tmp_path: Path) -> None:
+    predictions = {f"case_{n}": shifted(right_sided(), (0, 0, n)) for n in range(7)}
+    run = make_run(tmp_path / "run", predictions | {"missed": 0 * right_sided()})
+    lines = [
+        f"{score.case},{score.organ},{'' if score.case == 'missed' else 2.0},60,{score.note}"
+        for score in read_table(run / "per_case.csv")
+    ]
+    (run / "per_case.csv").write_text("\n".join(["case,organ,hd95,diagonal_mm,note", *lines]))
+    assert re.findall(r"<figure id.*?<strong>(\w+)</strong>", page_of(run))[0] == "missed"
 
 
 def test_differences_that_cancel_are_told_organ_by_organ(tmp_path: Path) -> None:

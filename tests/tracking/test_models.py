@@ -62,8 +62,8 @@ def test_a_registered_model_is_downloaded_from_a_server(
         ("models:/liver@best", r"it has champion \(version 1\); medseg register RUN liver --alias best"),
         ("models:/liver/7", r"E-REGISTRY .*it has champion"),
         ("models:/spleen@best", r"E-REGISTRY .*medseg register RUN spleen --alias best"),
-        ("models:/liver", r"write models:/NAME@ALIAS or models:/NAME/VERSION"),
-        ("models:/@best", r"write models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("models:/liver", r"lacks an alias or a version; write models:/NAME@ALIAS .*; it has champion \(version 1\)"),
+        ("models:/@best", r"lacks a name; write models:/NAME@ALIAS or models:/NAME/VERSION"),
     ],
 )
 def test_what_is_not_registered_says_what_is(finished: MlflowTracker, store: str, model: str, message: str) -> None:
@@ -77,6 +77,12 @@ def test_a_registered_model_is_what_predict_loads(finished: MlflowTracker, store
 
     register(finished.run_id, "liver", alias="champion", tracking_uri=store)
     assert find_model("models:/liver@champion", store) == tmp_path / "run" / "model"
+
+
+def test_a_folder_that_is_no_run_folder_is_told_from_an_unknown_id(store: str, tmp_path: Path) -> None:
+    (tmp_path / "else").mkdir()
+    with pytest.raises(ModelError, match=r"E-RUN .*else: is a folder, but no run folder"):
+        register(str(tmp_path / "else"), "liver", tracking_uri=store)
 
 
 def test_a_run_without_a_model_is_not_registered(store: str, begin: Begin) -> None:
