@@ -26,6 +26,7 @@ from medseg.inference.restore import PICTURE_AXIS, Place, resampled_planes, rest
 from medseg.inference.sliding_window import Clock, slabs
 from medseg.inference.tta import Mirrored
 from medseg.inference.uncertainty import Uncertainty, Votes
+from medseg.inference.warmup import MIN_WINDOWS, lay_out
 from medseg.inference.windows import Windows
 from medseg.memory import is_out_of_memory
 from medseg.model import ModelSpec, Preprocessing
@@ -177,6 +178,7 @@ class Predictor:
         self.batch_size = batch_size or (SLICES_AT_ONCE if on_slices else 1)
         self._ways = ways(self.device, self.batch_size)
         self._steps = check_steps(self.spec.postprocess, spec.labels)
+        self._is_laid_out = False
 
     def segment(
         self,
@@ -305,6 +307,7 @@ class Predictor:
 
     def _predicted(self, prepared: Prepared, way: Way, wanted: Wanted) -> Segmentation:
         every = self._windows(prepared)
+        self._lay_out(way, sum(windows.num_computed for windows in every))
         is_picture = prepared.source.spatial_dims == 2
         axis = PICTURE_AXIS if is_picture else every[0].outer
         clock, votes = Clock(), Votes() if wanted.uncertainty else None
@@ -322,6 +325,16 @@ class Predictor:
             network_seconds=clock.seconds,
             agreement=votes.share if votes else None,
         )
+
+    def _lay_out(self, way: Way, num_windows: int) -> None:
+        """Find the fastest layout of the networks, once, when there is enough to be done."""
+        if self._is_laid_out or num_windows < MIN_WINDOWS or way.device != self.device:
+            return
+        self._is_laid_out = True
+        for part in self._parts:
+            if part.spec.spatial_dims == 3:
+                shape = (way.batch_size, len(part.spec.channels), *part.spec.window.patch_size)
+                lay_out(part.network, shape, device=way.device, autocast=self.autocast)
 
     def _windows(self, prepared: Prepared) -> list[Windows]:
         """Of each part; all in order along the same axis, and in the same direction."""
@@ -392,7 +405,7 @@ class Predictor:
     def _body_in(self, preprocessing: Preprocessing) -> Sequence[str]:
         """The channels in which the body is looked for, where a network is to be spared the air."""
         crops = [part.spec.window.crop for part in self._parts if part.spec.preprocessing == preprocessing]
-        return self.spec.channels if {"air", "body"}.intersection(crops) else ()
+        return self.spec.channels if any(crop != "none" for crop in crops) else ()
 
     def _check_modality(self, prepared: Prepared, *, any_modality: bool) -> None:
         try:

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medseg.inference.plan import window_cost
 
-MIN_WINDOWS = 12
-"""Trying takes four windows: of fewer than three times as many it is not worth it."""
+MIN_WINDOWS = 40
+"""Trying takes four windows: for fewer than ten times as many it is not worth it."""
 
 MIN_GAIN = 1.05
 """Another layout is taken if it is this many times as fast; less may be chance."""
@@ -19,26 +19,10 @@ MIN_GAIN = 1.05
 log = logging.getLogger("medseg")
 
 
-class ChannelsLast(nn.Module):
-    """A network whose weights and windows have the channels last in memory, which some processors prefer.
+def lay_out(network: nn.Module, shape: Sequence[int], *, device: torch.device, autocast: torch.dtype | None) -> bool:
+    """Put a network's weights into the layout that it is faster with here: as they were, or with channels last.
 
-    Args:
-        network: Any; its weights change place.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = _laid_out(network, torch.channels_last_3d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.network(x.contiguous(memory_format=torch.channels_last_3d))
-        return result
-
-
-def faster(
-    network: nn.Module, shape: Sequence[int], *, device: torch.device, autocast: torch.dtype | None
-) -> nn.Module:
-    """The network as it is, or with channels last, as is faster here.
+    Convolutions compute in the layout of their weights, whatever that of the image. Results differ by rounding.
 
     Args:
         network: On the device, in eval mode; takes volumes.
@@ -47,18 +31,17 @@ def faster(
         autocast: As for `medseg.inference.sliding_window.slabs`.
 
     Returns:
-        The network, or a wrapper of it. Results differ by rounding.
+        Whether channels are last now.
     """
     plain = window_cost(network, shape, device=device, autocast=autocast).seconds
-    turned = ChannelsLast(network)
-    last = window_cost(turned, shape, device=device, autocast=autocast).seconds
-    log.debug("a batch of windows takes %.3g s, with channels last %.3g s", plain, last)
+    _change(network, torch.channels_last_3d)
+    last = window_cost(network, shape, device=device, autocast=autocast).seconds
     if plain > MIN_GAIN * last:
         log.info("windows are computed with channels last, which is %.2f × as fast here", plain / last)
-        return turned
-    return _laid_out(network, torch.contiguous_format)
+        return True
+    _change(network, torch.contiguous_format)
+    return False
 
 
-def _laid_out(network: nn.Module, layout: torch.memory_format) -> nn.Module:
-    laid_out: nn.Module = network.to(memory_format=layout)  # type: ignore[call-overload]  # unknown to torch's stubs
-    return laid_out
+def _change(network: nn.Module, layout: torch.memory_format) -> None:
+    network.to(memory_format=layout)  # type: ignore[call-overload]  # which torch's stubs do not know
