@@ -19,7 +19,6 @@ from medseg.outcome import (
     OneMessage,
     described,
     parts_table,
-    prediction_summary,
     print_result,
     stdout_kept_free,
     training_summary,
@@ -147,10 +146,26 @@ def predict(
     ] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write the probabilities too.")] = False,
     device: Device = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Threads that read scans ahead.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip what an earlier call finished.")] = False,
+    workers: Annotated[
+        int,
+        typer.Option(min=0, help="Processes that segment at once, each with the model.  [default: one a GPU, or one]"),
+    ] = 0,
+    executor: Annotated[
+        Literal["local", "ray", "slurm"],
+        typer.Option(help="Who does the work: processes of this machine, or a cluster."),
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Of a Ray cluster.  [default: a new one on this machine]")
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of the Slurm jobs: partition=gpu, gpus=1, mem_gb=16, timeout_min=60 …"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier call ended; try again what failed.")
+    ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Overwrite what stands in the output folder; take scans of any modality.")
+        bool, typer.Option("--force", help="Begin anew, and overwrite; take scans of any modality.")
     ] = False,
     dry_run: DryRun = False,
     uri: TrackingUri = None,
@@ -159,6 +174,7 @@ def predict(
     """Segment scans on their own grid."""
     with stdout_kept_free():
         from medseg.predict import predict
+        from medseg.reporting.prediction import prediction_summary
 
         result = predict(
             model,
@@ -173,15 +189,25 @@ def predict(
             probabilities=probabilities,
             device=device,
             workers=workers,
+            executor=executor,
+            address=address,
+            slurm=_pairs(slurm or [], "--slurm"),
             resume=resume,
             force=force,
             dry_run=dry_run,
             tracking_uri=uri,
-            isolate=True,
         )
     print_result(result, as_json, prediction_summary)
     if result.get("failed"):
         raise typer.Exit(SOME_CASES_FAILED)
+
+
+def _pairs(arguments: list[str], option: str) -> dict[str, str]:
+    """What ``KEY=VALUE`` arguments say."""
+    for argument in arguments:
+        if "=" not in argument:
+            raise WorkflowError("E-ARGUMENT", f"{argument!r} must be KEY=VALUE", where=option)
+    return dict(argument.split("=", 1) for argument in arguments)
 
 
 @app.command()

@@ -43,7 +43,7 @@ def remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob(".*.tmp"):
         *_, pid, _ = leftover.name.split(".")
         host = leftover.name.removesuffix(f".{pid}.tmp").split(".", 2)[-1]
-        if host != socket.gethostname() or _is_running(int(pid)):
+        if host != socket.gethostname() or is_running(int(pid)):
             continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -60,7 +60,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

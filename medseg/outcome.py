@@ -175,19 +175,6 @@ def _places(places: Mapping[str, str]) -> Text:
     return Text(f"\n{lines}\n", overflow="ignore", no_wrap=True)
 
 
-def prediction_summary(result: Result) -> RenderableType:
-    """How many scans were segmented and where they are, and what was wrong with each of the others."""
-    if "planned" in result:
-        return Text(_listing(result))
-    done, failed, skipped = result["done"], result["failed"], result.get("skipped", ())
-    counts = [f"{len(done)} segmented in {result['seconds']:.0f} s"]
-    counts += [f"{len(skipped)} were there already"] if skipped else []
-    counts += [f"{len(failed)} failed"] if failed else []
-    lines = [", ".join(counts), *(f"  {entry['case']}  {entry['output']}" for entry in done)]
-    lines += [f"  {entry['case']}  {entry['message']}" for entry in failed]  # a message begins with its id
-    return Text("\n".join(lines), overflow="ignore", no_wrap=True)
-
-
 def described(entries: Mapping[str, Any]) -> Result:
     """What people and programs learn of the entries of a registry."""
     return {

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from medseg.batch.isolated import Killed, isolated
+from medseg.batch.ledger import Job, Ledger, only_writer, worker_name
+from medseg.batch.local import places, run_local
+from medseg.batch.progress import watched
+from medseg.batch.worker import Place, work
 from medseg.data.inputs import PROBABILITIES, check_unique, find_cases
 from medseg.data.manifest import Case
 from medseg.data.volume_io import WRITABLE_SUFFIXES, write_volume
-from medseg.display import track
-from medseg.errors import DataError, MedsegError, Problems, WorkflowError
-from medseg.files import NO_ROOM, remove_leftovers
-from medseg.memory import asked_for, is_out_of_memory
+from medseg.errors import DataError, Problems, WorkflowError
+from medseg.files import remove_leftovers
 from medseg.model import Crop
+from medseg.reporting.prediction import SUMMARY, write_summary
 from medseg.tracking.models import is_registered, model_folder
+from medseg.training.signals import ending_work
 
 if TYPE_CHECKING:
     from medseg.data.transforms import Prepared
-    from medseg.inference.predictor import Predictor
+    from medseg.inference.predictor import Predictor, Segmentation
 
 Result = dict[str, Any]
+Executor = Literal["here", "local", "ray", "slurm"]
+
+LEDGER = "ledger.db"
+"""In the output folder: the list of its cases, see `medseg.batch.ledger`."""
+
+_TOLD = ("windows", "windows_in_air", "network_seconds", "uncertainty")
+"""What an entry says of a segmentation besides its seconds, where it is known."""
 
 log = logging.getLogger("medseg")
 
@@ -47,11 +56,13 @@ def predict(
     probabilities: bool = False,
     device: str = "auto",
     workers: int = 0,
+    executor: Executor = "here",
+    address: str | None = None,
+    slurm: Mapping[str, str] | None = None,
     resume: bool = False,
     force: bool = False,
     dry_run: bool = False,
     tracking_uri: str | None = None,
-    isolate: bool = False,
 ) -> Result:
     """Segment scans. A scan that cannot be segmented is listed and does not stop the others.
 
@@ -68,16 +79,22 @@ def predict(
         prune: Stop a UNet++ that was trained with deep supervision at this level, which is faster.
         probabilities: Write the network's probabilities too.
         device: ``auto``, ``cpu`` or ``cuda``.
-        workers: Threads that read scans ahead.
-        resume: Pass over cases whose segmentation is there.
-        force: Overwrite segmentations that are there, and segment scans of another modality than the model's.
+        workers: Processes, actors or tasks that segment at once, each with the model in memory; 0: one for each GPU of
+            this machine, or one. Each reads the next scan and writes the last one while it computes.
+        executor: ``here``: in this process; ``local``: in processes of this machine, so that a scan that kills its
+            process is one failure among the others; ``ray``, ``slurm``: on a cluster, see `medseg.batch`.
+        address: Of a Ray cluster; None: one that is made on this machine for now.
+        slurm: Options of the Slurm jobs, see `medseg.batch.slurm_executor`.
+        resume: Go on with what an earlier call began with the same model and options, and pass over cases whose
+            segmentation is there.
+        force: Begin anew, overwrite segmentations that are there, and segment scans of another modality than the model's.
         dry_run: Load the model, say what would be segmented, and stop.
         tracking_uri: Where to look for run ids.
-        isolate: Work in a process of its own, so that a scan that kills it is one failure among the others.
 
     Returns:
-        ``done`` (each with case, input, output, seconds, windows, windows_in_air), ``failed`` (case, input, error_id, message),
-        ``skipped`` (ids that `resume` passed over) and ``seconds``; of a dry run ``planned`` too.
+        ``done`` (each with case, input, output, seconds, and what else is known: windows, windows_in_air,
+        network_seconds, uncertainty), ``failed`` (case, input, error_id, message), ``skipped`` (ids that `resume`
+        passed over), ``seconds``, and ``summary``, the table of all cases; of a dry run ``planned`` instead.
 
     Raises:
         MedsegError: If work cannot begin.
@@ -92,50 +109,77 @@ def predict(
     kinds = ("", PROBABILITIES) if probabilities else ("",)
     files = {case.id: tuple(output / f"{case.id}{kind}{suffix}" for kind in kinds) for case in cases}
     _check_inputs_safe(cases, files)
-    complete = {name for name, wanted in files.items() if all(path.exists() for path in wanted)}
+    jobs = [Job(case.id, case.images, files[case.id]) for case in cases]
+    loading = _Loading(model, device, overlap, crop, tta, prune, tracking_uri, format, any_modality=force)
     if not (resume or force):
         _check_nothing_there(files)
-    todo = [case for case in cases if force or case.id not in complete]
-    jobs = [_Job(case, files[case.id]) for case in todo]
-    segmenting = _Segmenting(
-        model, device, overlap, crop, tta, prune, tracking_uri, format, workers, any_modality=force
-    )
-    result: Result = {"done": [], "failed": [], "skipped": [case.id for case in cases if case not in todo]}
     if dry_run:
-        segmenting.segmenter()
-        result["planned"] = [job.entry | {"output": str(job.files[0])} for job in jobs]
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(output)
-        numbered = (
-            isolated(segmenting, jobs, preload=["medseg.build.model"])
-            if isolate
-            else segmenting(dict(enumerate(jobs)), begun=lambda _: None)
-        )
-        for number, found in track(numbered, "segmenting", total=len(jobs)):
-            entry = _killed(jobs[number], found) if isinstance(found, Killed) else found
-            result["failed" if "error_id" in entry else "done"].append(entry)
-    return {**result, "seconds": round(time.monotonic() - started, 2)}
+        loading(Place(device))
+        todo = [job for job in jobs if force or not job.is_written]
+        planned = [_entry(job) | {"output": str(job.files[0])} for job in todo]
+        skipped = [job.id for job in jobs if job not in todo]
+        found: Result = {"done": [], "failed": [], "skipped": skipped, "planned": planned}
+        return {**found, "seconds": round(time.monotonic() - started, 2)}
+    options = {
+        "model": _fingerprint(model), "overlap": overlap, "crop": crop, "tta": tta, "prune": prune,
+        "probabilities": probabilities, "format": format,
+    }  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    with only_writer(output), _no_leftovers(output):
+        ledger = Ledger.resume(output / LEDGER, jobs, options) if resume else None
+        if ledger is None:
+            ledger = Ledger.begin(output / LEDGER, jobs, options | {"any_modality": force}, keep=resume)
+        loading = replace(loading, any_modality=ledger.options["any_modality"])
+        there = {row["id"] for row in ledger.rows(jobs) if row["state"] == "done"}
+        with watched(ledger):
+            _run(ledger, loading, len(jobs) - len(there), executor, workers, address, slurm or {})
+        rows = ledger.rows(jobs)
+        write_summary(output / SUMMARY, [_summary_row(job, row) for job, row in zip(jobs, rows, strict=True)])
+    result: Result = {"done": [], "failed": [], "skipped": []}
+    for job, row in zip(jobs, rows, strict=True):
+        if row["id"] in there:
+            result["skipped"].append(job.id)
+        elif row["state"] == "done":
+            told = {name: row[name] for name in _TOLD if name in row}
+            result["done"].append(_entry(job) | {"output": str(job.files[0]), "seconds": row["seconds"]} | told)
+        else:
+            result["failed"].append(_entry(job) | {"error_id": row["error_id"], "message": row["message"]})
+    return {**result, "seconds": round(time.monotonic() - started, 2), "summary": str(output / SUMMARY)}
+
+
+def _run(
+    ledger: Ledger,
+    loading: _Loading,
+    num_jobs: int,
+    executor: Executor,
+    workers: int,
+    address: str | None,
+    slurm: Mapping[str, str],
+) -> None:
+    """Have somebody do what is left."""
+    if not ledger.progress().is_open:
+        return
+    if executor == "here":
+        work(ledger, loading, worker=worker_name(), place=Place(loading.device))
+        return
+    with ending_work("what is segmented is kept; go on with --resume"):
+        if executor == "ray":
+            from medseg.batch.ray_executor import run_ray
+
+            run_ray(ledger, loading, loading.device, num_workers=workers or 1, address=address)
+        elif executor == "slurm":
+            from medseg.batch.slurm_executor import run_slurm
+
+            run_slurm(ledger, loading, Place(loading.device), num_workers=workers or 1, options=slurm)
+        else:
+            run_local(ledger, loading, places(loading.device, workers, num_jobs), preload=["medseg.build.model"])
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A case, and the files that its segmentation, and its probabilities if they are wanted, are written to."""
-
-    case: Case
-    files: tuple[Path, ...]
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        return {"case": self.case.id, "input": str(self.case.images[0])}
-
-
-@dataclass(frozen=True)
-class _Segmenting:
-    """Segments case after case, wherever it is called; what becomes of each is an entry of the result.
+class _Loading:
+    """Makes the segmenter, wherever it is called; see `predict` for what it hangs on.
 
     Args:
-        model: See `predict`, as for all the others.
         any_modality: Segment scans of another modality than the model's, with a warning.
     """
 
@@ -147,20 +191,23 @@ class _Segmenting:
     prune: int | None
     tracking_uri: str | None
     format: str
-    workers: int
     any_modality: bool
 
-    def segmenter(self) -> Predictor:
-        """The model, loaded.
+    def __call__(self, place: Place) -> _Segmenter:
+        """Load the model.
 
         Raises:
             MedsegError: If it cannot be used, or its segmentations cannot be written in this format.
         """
-        from medseg.build.model import predictor  # torch takes a while to import, and the work may be another process's
+        import torch  # which takes a while to import, and the work may be another process's
 
+        from medseg.build.model import predictor
+
+        if place.num_threads:
+            torch.set_num_threads(place.num_threads)
         made = predictor(
             self.model,
-            device=self.device,
+            device=place.device,
             overlap=self.overlap,
             crop=self.crop,
             tta=self.tta,
@@ -169,71 +216,61 @@ class _Segmenting:
         )
         if self.format == "png" and made.spec.spatial_dims == 3:
             raise WorkflowError("E-ARGUMENT", "a PNG holds no volume, which this model predicts", where="--format")
-        return made
-
-    def __call__(self, jobs: Mapping[int, _Job], begun: Callable[[int], None]) -> Iterator[tuple[int, Result]]:
-        segmenter = self.segmenter()
-
-        def prepare(number: int) -> Prepared:
-            begun(number)
-            return segmenter.prepare(jobs[number].case.images, any_modality=self.any_modality)
-
-        for number, prepared in _read_ahead(prepare, jobs, self.workers):
-            started = time.monotonic()
-            job = jobs[number]
-            try:
-                told = _segment(segmenter, prepared(), job.files)
-            except Exception as error:  # whatever is wrong with this scan, the others are still to be done
-                if isinstance(error, OSError) and error.errno in NO_ROOM:
-                    raise  # but there is no room for them either
-                yield number, job.entry | _described(error, job.case)
-                continue
-            seconds = round(time.monotonic() - started, 2)
-            yield number, job.entry | {"output": str(job.files[0]), "seconds": seconds} | told
+        return _Segmenter(made, any_modality=self.any_modality)
 
 
-def _segment(segmenter: Predictor, prepared: Prepared, files: Sequence[Path]) -> Result:
-    found = segmenter.segment_prepared(prepared, with_probabilities=len(files) > 1)
-    if found.probabilities:
-        write_volume(files[1], found.probabilities)
-    write_volume(files[0], found.label)  # last, as the sign that the case is complete
-    return {"windows": found.num_windows, "windows_in_air": found.num_in_air}
+@dataclass(frozen=True)
+class _Segmenter:
+    """What a worker of a batch asks for, see `medseg.batch.worker.Segmenter`."""
+
+    predictor: Predictor
+    any_modality: bool
+
+    def prepare(self, job: Job) -> Prepared:
+        return self.predictor.prepare(job.images, any_modality=self.any_modality)
+
+    def segment(self, job: Job, prepared: Prepared) -> Segmentation:
+        return self.predictor.segment_prepared(prepared, with_probabilities=len(job.files) > 1)
+
+    def write(self, job: Job, found: Segmentation) -> Result:
+        if found.probabilities:
+            write_volume(job.files[1], found.probabilities)
+        write_volume(job.files[0], found.label)  # last, as the sign that the case is complete
+        told: Result = {"windows": found.num_windows, "windows_in_air": found.num_in_air}
+        for name in ("network_seconds", "uncertainty"):
+            if (value := getattr(found, name, None)) is not None:
+                told[name] = value
+        return told
 
 
-def _read_ahead(
-    prepare: Callable[[int], Prepared], numbers: Iterable[int], workers: int
-) -> Iterator[tuple[int, Callable[[], Prepared]]]:
-    """Each number with a function that returns its case prepared; up to `workers` are prepared in advance."""
-    if not workers:
-        for number in numbers:
-            yield number, partial(prepare, number)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[int, Callable[[], Prepared]]] = deque()
-        for number in numbers:
-            waiting.append((number, pool.submit(prepare, number).result))
-            if len(waiting) > workers:
-                yield waiting.popleft()
-        yield from waiting
+def _entry(job: Job) -> Result:
+    return {"case": job.id, "input": str(job.images[0])}
 
 
-def _described(error: Exception, case: Case) -> dict[str, str]:
-    if isinstance(error, MedsegError):
-        return {"error_id": error.error_id, "message": str(error)}
-    if is_out_of_memory(error):
-        fault = DataError(
-            "E-MEMORY", f"the memory is not enough{asked_for(error)}; crop it, or use more", where=str(case.images[0])
-        )
-        return {"error_id": fault.error_id, "message": str(fault)}
-    log.debug("case %s", case.id, exc_info=error)
-    return {"error_id": "E-INTERNAL", "message": f"{type(error).__name__}: {error}"}
+def _summary_row(job: Job, row: Result) -> Result:
+    peak_mb = round(row["peak_bytes"] / 1e6) if row["peak_bytes"] else None
+    return row | _entry(job) | {"output": str(job.files[0]) if row["state"] == "done" else None, "peak_mb": peak_mb}
 
 
-def _killed(job: _Job, killed: Killed) -> dict[str, str]:
-    error = DataError(
-        "E-WORKER", f"{killed}; look at this scan, or give the job more memory", where=str(job.case.images[0])
-    )
-    return job.entry | {"error_id": error.error_id, "message": str(error)}
+def _fingerprint(model: str) -> str:
+    """What tells a model from another: a digest of what is in its folders, weights' checksums included, or its run's id."""
+    path = Path(model)
+    files = [
+        file for pattern in ("model.json", "model/model.json", "fold_*/model/model.json") for file in path.glob(pattern)
+    ]
+    if not files:
+        return model
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+
+
+@contextmanager
+def _no_leftovers(folder: Path) -> Iterator[None]:
+    """Delete what killed processes left half-written, before and after."""
+    remove_leftovers(folder)
+    try:
+        yield
+    finally:
+        remove_leftovers(folder)
 
 
 def _check_arguments(format: str, overlap: float | None, *, resume: bool, force: bool, probabilities: bool) -> None:

@@ -104,7 +104,7 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
     calls = fake("predict", {"done": [], "failed": [], "seconds": 0.0})
     result = medseg(
         "predict", "models:/liver@best", "a.nii.gz", "b", "-o", "out", "--format", "mha", "--split", "test",
-        "--overlap", "0.25", "--crop", "none", "--tta", "--prune", "2", "--probabilities", "--workers", "3", "--force", "--uri", "http://x",
+        "--overlap", "0.25", "--crop", "none", "--tta", "--prune", "2", "--probabilities", "--workers", "3", "--slurm", "partition=gpu", "--slurm", "mem_gb=16", "--force", "--uri", "http://x",
     )  # fmt: skip
     assert result.exit_code == 0
     assert calls == [
@@ -120,11 +120,13 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
             "probabilities": True,
             "device": "auto",
             "workers": 3,
+            "executor": "local",
+            "address": None,
+            "slurm": {"partition": "gpu", "mem_gb": "16"},
             "resume": False,
             "force": True,
             "dry_run": False,
             "tracking_uri": "http://x",
-            "isolate": True,
         }
     ]
 
@@ -239,19 +241,21 @@ def test_ctrl_c_exits_with_130(fake: Fake) -> None:
 
 
 def test_predict_exits_with_3_when_some_cases_failed(fake: Fake) -> None:
-    failed = [{"case": "a", "input": "a.nii", "error_id": "E-SPACING", "message": "spacing 0"}]
+    failed = [{"case": "a", "input": "a.nii", "error_id": "E-SPACING", "message": "E-SPACING spacing 0"}]
     fake("predict", {"done": [], "failed": failed, "seconds": 1.0})
     result = medseg("predict", "model", "a.nii", "-o", "out", "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout)["failed"] == failed
-    assert medseg("predict", "model", "a.nii", "-o", "out").stdout == "0 segmented in 1 s, 1 failed\n  a  spacing 0\n"
+    assert (
+        medseg("predict", "model", "a.nii", "-o", "out").stdout == "0 segmented in 1 s, 1 failed\nE-SPACING spacing 0\n"
+    )
 
 
 def test_a_failed_scans_message_is_one_line_however_long(fake: Fake) -> None:
     failed = [{"case": "a", "input": "a.nii", "error_id": "E-X", "message": f"E-X {'folder/' * 30}a.nii: is empty"}]
     fake("predict", {"done": [], "failed": failed, "seconds": 1.0})
     told = medseg("predict", "model", "a.nii", "-o", "out").stdout.splitlines()
-    assert told[1:] == [f"  a  {failed[0]['message']}"]
+    assert told[1:] == [failed[0]["message"]]
 
 
 def test_a_mistake_in_a_workflow_is_told_before_any_framework_is_loaded(tmp_path: Path) -> None:

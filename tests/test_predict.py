@@ -1,7 +1,12 @@
+import csv
 import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from medseg.batch.ledger import only_writer
 from medseg.build.model import predictor
 from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import MedsegError, ModelError, Problems, WorkflowError
@@ -16,7 +22,8 @@ from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
 from medseg.model import Intensity, ModelSpec, Preprocessing, Window, load_model, save_model
 from medseg.nets import NETS
-from medseg.predict import predict
+from medseg.predict import LEDGER, predict
+from medseg.reporting.prediction import SUMMARY
 
 GRID = Geometry.from_spacing((20, 18, 16), (1.5, 1.5, 2)).oriented("LPS")
 
@@ -55,6 +62,11 @@ def scans(tmp_path):
     return tmp_path / "scans"
 
 
+def segmentations(folder) -> list[str]:
+    """What stands in an output folder besides what tells of the batch."""
+    return sorted({path.name for path in folder.iterdir()} - {LEDGER, SUMMARY, ".lock"})
+
+
 def case_ids(entries) -> list[str]:
     return [entry["case"] for entry in entries]
 
@@ -68,7 +80,7 @@ def test_a_folder_of_scans_becomes_a_folder_of_segmentations_on_their_grids(mode
     np.testing.assert_array_equal(written.array, expected.array)
     assert written.geometry.matches(GRID)
     entry = result["done"][1]
-    assert set(entry) == {"case", "input", "output", "seconds"}
+    assert {"case", "input", "output", "seconds", "windows", "windows_in_air"} <= set(entry)
     assert entry["input"] == str(scans / "case_1.nii.gz") and entry["output"] == str(tmp_path / "out" / "case_1.nii.gz")
     json.dumps(result)
 
@@ -77,18 +89,6 @@ def test_a_folder_of_scans_becomes_a_folder_of_segmentations_on_their_grids(mode
 def test_segmentations_are_written_in_the_format_asked_for(model, scans, tmp_path, format):
     predict(model, [scans / "case_0.nii.gz"], output=tmp_path / "out", format=format)
     assert read_label(tmp_path / "out" / f"case_0.{format}").geometry.matches(GRID)
-
-
-def test_threads_that_read_ahead_change_nothing(model, scans, tmp_path):
-    write_scan(scans / "broken.nii.gz").write_bytes(b"not gzip")
-    plain = predict(model, [scans], output=tmp_path / "plain")
-    ahead = predict(model, [scans], output=tmp_path / "ahead", workers=2)
-    assert case_ids(ahead["done"]) == case_ids(plain["done"])
-    assert ahead["failed"] == plain["failed"] != []
-    for name in case_ids(plain["done"]):
-        assert (tmp_path / "ahead" / f"{name}.nii.gz").read_bytes() == (
-            tmp_path / "plain" / f"{name}.nii.gz"
-        ).read_bytes()
 
 
 def test_a_scan_that_fails_is_listed_and_stops_no_other(model, scans, tmp_path):
@@ -127,7 +127,7 @@ def test_existing_segmentations_are_not_overwritten_unasked(model, scans, tmp_pa
     with pytest.raises(WorkflowError, match="--resume to keep or --force to overwrite") as caught:
         predict(model, [scans], output=tmp_path / "out")
     assert caught.value.error_id == "E-OUTPUT-EXISTS"
-    assert len(list((tmp_path / "out").iterdir())) == 1
+    assert segmentations(tmp_path / "out") == ["case_0.nii.gz"]
 
 
 def test_resume_passes_over_what_is_complete(model, scans, tmp_path):
@@ -258,8 +258,99 @@ def test_a_scan_that_kills_the_process_is_one_failure_among_the_others(model, sc
     assert sorted(case_ids(result["done"])) == ["case_0", "case_2"]
     (failed,) = result["failed"]
     assert failed["error_id"] == "E-WORKER" and failed["input"] == files[1] and "SIGKILL" in failed["message"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case_0.nii.gz", "case_2.nii.gz"]
+    assert segmentations(tmp_path / "out") == ["case_0.nii.gz", "case_2.nii.gz"]
     assert "Traceback" not in ended.stderr
+
+
+def test_resume_with_another_model_or_other_options_is_refused(model, scans, tmp_path):
+    predict(model, [scans / "case_0.nii.gz"], output=tmp_path / "out")
+    with pytest.raises(WorkflowError, match=r"E-RESUME .*ledger.db.* overlap is now 0.25, was None"):
+        predict(model, [scans], output=tmp_path / "out", overlap=0.25, resume=True)
+    other = changed(model, tmp_path / "other", window=Window((24, 24, 24)))
+    with pytest.raises(WorkflowError, match=r"E-RESUME .*model is now"):
+        predict(other, [scans], output=tmp_path / "out", resume=True)
+    assert case_ids(predict(other, [scans], output=tmp_path / "out", force=True)["done"]) == [
+        "case_0",
+        "case_1",
+        "case_2",
+    ]
+
+
+def test_resume_tries_again_what_failed_and_is_forgiving_of_modality_as_the_batch_was(model, scans, tmp_path):
+    content = (scans / "case_1.nii.gz").read_bytes()
+    (scans / "case_1.nii.gz").write_bytes(b"")
+    assert case_ids(predict(model, [scans], output=tmp_path / "out")["failed"]) == ["case_1"]
+    (scans / "case_1.nii.gz").write_bytes(content)
+    result = predict(model, [scans], output=tmp_path / "out", resume=True)
+    assert (case_ids(result["done"]), result["skipped"], result["failed"]) == (["case_1"], ["case_0", "case_2"], [])
+
+
+def test_a_row_for_each_case_is_left_beside_the_segmentations(model, scans, tmp_path):
+    (scans / "case_1.nii.gz").write_bytes(b"")
+    result = predict(model, [scans], output=tmp_path / "out")
+    with (tmp_path / "out" / SUMMARY).open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert result["summary"] == str(tmp_path / "out" / SUMMARY)
+    assert [(row["case"], row["state"], row["error_id"]) for row in rows] == [
+        ("case_0", "done", ""), ("case_1", "failed", "E-NIFTI-EMPTY"), ("case_2", "done", ""),
+    ]  # fmt: skip
+    assert int(rows[0]["windows"]) > 0 and float(rows[0]["seconds"]) > 0 and float(rows[0]["peak_mb"]) > 0
+
+
+@pytest.fixture
+def many(tmp_path):
+    for n in range(40):
+        write_scan(tmp_path / "many" / f"case_{n:02d}.nii.gz", seed=n)
+    return tmp_path / "many"
+
+
+def shell(*arguments) -> list[str]:
+    return [sys.executable, "-m", "medseg", "predict", *map(str, arguments), "--json"]
+
+
+def wait_for_outputs(out, number: int, process) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("*.nii.gz"))) < number:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+def committed(out) -> list[str]:
+    with closing(sqlite3.connect(out / LEDGER)) as db:
+        return sorted(case for (case,) in db.execute("SELECT id FROM log WHERE event IN ('done', 'recovered')"))
+
+
+def test_a_command_killed_and_one_interrupted_are_completed_by_resume_and_each_case_is_done_once(model, many, tmp_path):
+    out, command = tmp_path / "out", shell(model, many, "-o", tmp_path / "out", "--workers", "2")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as killed:
+        wait_for_outputs(out, 3, killed)
+        killed.kill()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    with subprocess.Popen(
+        [*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as asked:
+        wait_for_outputs(out, len(before) + 3, asked)
+        asked.send_signal(signal.SIGINT)
+        assert asked.stderr is not None and "go on with --resume" in asked.stderr.read()
+    assert asked.returncode == 130
+    assert segmentations(out) == sorted(path.name for path in out.glob("*.nii.gz")), "nothing is half-written"
+    ended = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    names = [f"case_{n:02d}" for n in range(40)]
+    assert committed(out) == names
+    assert all((out / name).stat().st_mtime_ns == at for name, at in before.items()), "what is done is not touched"
+    result = json.loads(ended.stdout)
+    assert sorted(case_ids(result["done"]) + result["skipped"]) == names
+    expected = predictor(model).segment([many / "case_07.nii.gz"]).label
+    np.testing.assert_array_equal(read_label(out / "case_07.nii.gz").array, expected.array)
+
+
+def test_a_second_command_on_the_same_folder_is_refused(model, scans, tmp_path):
+    (tmp_path / "out").mkdir()
+    with only_writer(tmp_path / "out"):
+        ended = subprocess.run(shell(model, scans, "-o", tmp_path / "out"), capture_output=True, text=True)
+    assert ended.returncode == 2 and "E-OUTPUT-LOCKED" in ended.stderr
+    assert segmentations(tmp_path / "out") == []
 
 
 def changed(model: str, folder, **changes) -> str:

@@ -110,8 +110,7 @@ class _Worker:
 
     @property
     def ending(self) -> str:
-        code = self.process.exitcode
-        return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
+        return ending_of(self.process.exitcode)
 
     def results(self) -> Iterator[tuple[int, Any]]:
         """What it has done, until it ends."""
@@ -135,13 +134,19 @@ class _Worker:
         try:
             while True:
                 while not wait([self.connection], timeout=_LOOK_EVERY_S):
-                    self.peak_bytes = max(self.peak_bytes, _peak_bytes(self.process.pid))
+                    self.peak_bytes = max(self.peak_bytes, peak_bytes_of(self.process.pid))
                 yield self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
 
 
-def _peak_bytes(pid: int | None) -> int:
+def ending_of(code: int | None) -> str:
+    """What a process's exit code means: ``"SIGKILL"``, ``"exit code 1"``."""
+    return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
+
+
+def peak_bytes_of(pid: int | None) -> int:
+    """The most memory that a process has held so far; 0 where that cannot be read."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:  # it has ended, or this is no Linux
@@ -160,7 +165,7 @@ def _serve(connection: Connection, work: Work[Any, Any], jobs: Mapping[int, Any]
         with lock:
             connection.send((kind, content))
 
-    log.handlers, log.propagate = [_Forwarded(say)], False
+    log.handlers, log.propagate = [Forwarded(say)], False
     log.setLevel(level)
     try:
         for result in work(jobs, lambda number: say("begun", number)):
@@ -181,7 +186,7 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-class _Forwarded(logging.handlers.QueueHandler):
+class Forwarded(logging.handlers.QueueHandler):
     """Hands what is logged to the process that asked for the work."""
 
     def __init__(self, say: Callable[[str, Any], None]) -> None:

@@ -75,7 +75,7 @@ def _pooled(
     context.set_forkserver_preload(list(preload))
     pool = ProcessPoolExecutor(num_processes, context, _begin, (os.getcwd(), log.getEffectiveLevel()))
     try:
-        with _interruption_waits():
+        with interruption_waits():
             forkserver.ensure_running()
             number_of = {pool.submit(_recorded, function, job): number for number, job in jobs.items()}
         for future in as_completed(number_of):
@@ -89,7 +89,7 @@ def _pooled(
 
 
 @contextmanager
-def _interruption_waits() -> Iterator[None]:
+def interruption_waits() -> Iterator[None]:
     """Put off Ctrl-C, here and in the processes that are started, which would die with a traceback while they import."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

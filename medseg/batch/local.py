@@ -1,0 +1,215 @@
+"""A batch on this machine: processes that may die, and one that watches over them."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+from medseg.batch.isolated import Forwarded, end_with_parent, ending_of, peak_bytes_of
+from medseg.batch.ledger import MAX_ATTEMPTS, MAX_KILLS, Death, Ledger, worker_name
+from medseg.batch.parallel import interruption_waits
+from medseg.batch.worker import Load, Place, work
+from medseg.errors import MedsegError, WorkerError
+
+_LOOK_EVERY_S = 0.2
+_REAP_EVERY_S = 1.0
+_OOM_COUNTERS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
+
+log = logging.getLogger("medseg")
+
+
+def run_local(ledger: Ledger, load: Load, places: Sequence[Place], *, preload: Sequence[str] = ()) -> None:
+    """Work through a ledger in processes of this machine; one that dies is replaced.
+
+    Args:
+        ledger: Of the batch.
+        load: Makes the segmenter.
+        places: Where to compute: a process each.
+        preload: Modules to import once for all processes.
+
+    Raises:
+        MedsegError: What stopped a worker other than a fault of a case; OSError: of a full disk.
+        WorkerError: If workers keep dying before they begin a case.
+    """
+    context = multiprocessing.get_context("forkserver")  # a plain fork of a process with threads may hang
+    context.set_forkserver_preload([*preload, __name__])
+    deaths = EarlyDeaths()
+    crew: dict[int, _Worker] = {}
+    with ExitStack() as ending:
+        ending.callback(_stop, crew, ledger)
+        for number, place in enumerate(places):
+            crew[number] = _Worker(context, ledger, load, place)
+        looked = time.monotonic()
+        while crew:
+            wait([worker.connection for worker in crew.values()], timeout=_LOOK_EVERY_S)
+            for number, worker in list(crew.items()):
+                if worker.is_at_work():
+                    continue
+                del crew[number]
+                if worker.process.exitcode:
+                    deaths.add(worker.death, had_work=ledger.bury(worker.name, worker.death))
+                    log.warning("W-WORKER a process that does the work was ended by %s", worker.death.ending)
+                    if ledger.progress().is_open:
+                        crew[number] = _Worker(context, ledger, load, places[number])
+            if time.monotonic() > looked + _REAP_EVERY_S:
+                ledger.reap()
+                looked = time.monotonic()
+
+
+def _stop(crew: Mapping[int, _Worker], ledger: Ledger) -> None:
+    for worker in crew.values():
+        worker.stop(ledger)
+
+
+def places(device: str, workers: int, num_jobs: int) -> list[Place]:
+    """Where the workers of this machine compute.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        workers: How many; 0: one for each visible GPU, or one on the CPU.
+        num_jobs: There are no more workers than cases.
+    """
+    gpus = _num_gpus() if device in ("auto", "cuda") else 0
+    number = max(1, min(workers or gpus or 1, num_jobs))
+    if number == 1:
+        return [Place(device)]
+    if gpus:
+        return [Place(f"cuda:{n % gpus}") for n in range(number)]
+    return [Place(device, num_threads=max(1, _num_cores() // number))] * number
+
+
+def _num_gpus() -> int:
+    if not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+        return 0  # without importing torch, which takes seconds
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _num_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(told)) if told.isdigit() and int(told) else cores
+
+
+class EarlyDeaths:
+    """Counts workers that died before they began a case, so that they are not replaced for ever."""
+
+    def __init__(self) -> None:
+        self.counts = {True: 0, False: 0}
+
+    def add(self, death: Death, *, had_work: bool) -> None:
+        """Count a death.
+
+        Raises:
+            WorkerError: If there are too many in a row.
+        """
+        if had_work:
+            self.counts = {True: 0, False: 0}
+            return
+        self.counts[death.from_elsewhere] += 1
+        if self.counts[True] > MAX_KILLS or self.counts[False] >= MAX_ATTEMPTS:
+            message = f"the processes that do the work are ended by {death.ending} before they begin a scan"
+            raise WorkerError("E-WORKER", f"{message}; have fewer --workers, or more memory")
+
+
+class _Worker:
+    """A process at work, and what it says."""
+
+    def __init__(self, context: ForkServerContext, ledger: Ledger, load: Load, place: Place) -> None:
+        self.connection, its_end = context.Pipe(duplex=False)
+        self.peak_bytes = 0
+        self._oom_kills = oom_kills()
+        token = uuid.uuid4().hex[:8]
+        arguments = (its_end, ledger, load, token, place, os.getcwd(), log.getEffectiveLevel())
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        with interruption_waits():  # which the server that forks them would else die of
+            forkserver.ensure_running()
+            self.process.start()
+        self.name = worker_name(token, pid=self.process.pid)
+        its_end.close()  # so that its death ends the connection
+
+    @property
+    def death(self) -> Death:
+        """How it ended."""
+        ending = ending_of(self.process.exitcode)
+        was_signal = ending in ("SIGKILL", "SIGTERM")
+        spared = bool(self._oom_kills) and oom_kills() == self._oom_kills
+        return Death(ending, self.peak_bytes, from_elsewhere=was_signal and spared)
+
+    def is_at_work(self) -> bool:
+        """Hear what it says; False once it has ended.
+
+        Raises:
+            MedsegError: What stopped it; or OSError.
+        """
+        self.peak_bytes = max(self.peak_bytes, peak_bytes_of(self.process.pid))
+        while self.connection.poll():
+            try:
+                kind, content = self.connection.recv()
+            except (EOFError, OSError):  # it was killed, perhaps in the middle of a word
+                self.process.join()
+                self.connection.close()
+                return False
+            if kind == "raised":
+                raise content
+            logging.getLogger(content.name).handle(content)
+        return True
+
+    def stop(self, ledger: Ledger) -> None:
+        """End it, wherever it is; what it had in hand goes back."""
+        self.process.terminate()
+        self.process.join()
+        self.connection.close()
+        ledger.release(self.name)
+
+
+def oom_kills() -> Mapping[str, int]:
+    """How many processes the kernel has ended for lack of memory, by where it says so; empty: it does not say."""
+    found: dict[str, int] = {}
+    for counter in _OOM_COUNTERS:
+        try:
+            lines = counter.read_text().splitlines()
+        except OSError:
+            continue
+        found |= {str(counter): int(line.split()[1]) for line in lines if line.startswith("oom_kill ")}
+    return found
+
+
+def _serve(
+    connection: Connection, ledger: Ledger, load: Load, token: str, place: Place, folder: str, level: int
+) -> None:
+    """What the process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked decides what an interruption means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.chdir(folder)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    lock = threading.Lock()
+
+    def say(kind: str, content: object) -> None:
+        with lock:
+            connection.send((kind, content))
+
+    log.handlers, log.propagate = [Forwarded(say)], False
+    log.setLevel(level)
+    try:
+        work(ledger, load, worker=worker_name(token), place=place)
+    except (MedsegError, OSError) as error:  # a full disk among them
+        say("raised", error)
+    except Exception as error:
+        fault = WorkerError("E-INTERNAL", f"{type(error).__name__}: {error}; this is a fault of medseg")
+        fault.add_note(traceback.format_exc())  # which --debug shows
+        say("raised", fault)

@@ -1,0 +1,111 @@
+"""A batch on a Slurm cluster: an array whose tasks pull their cases from the ledger.
+
+The output folder, the scans and the model must lie under the same paths on all nodes, with the same Python. Tasks that
+die are noticed and their cases given back; the array is submitted again as long as cases are left.
+
+The command waits. Interrupted (Ctrl-C, SIGTERM), it cancels the array, so that nobody writes into a folder that its
+owner believes to be at rest. Killed outright, it leaves the array at work, and ``--resume`` joins it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from medseg.batch.ledger import Death, Ledger
+from medseg.batch.local import EarlyDeaths
+from medseg.batch.ray_executor import tell
+from medseg.batch.worker import Load, Place, work_elsewhere
+from medseg.errors import MedsegError, WorkflowError
+
+FOLDER = "slurm"
+"""Below the output folder, for what submitit and the tasks write."""
+
+OPTIONS = {"gpus": "gpus_per_node", "mem_gb": "mem_gb", "timeout_min": "timeout_min", "cpus_per_task": "cpus_per_task"}
+"""Options by submitit's names for them; all others are sbatch's own."""
+
+_LOOK_EVERY_S = 1.0
+
+log = logging.getLogger("medseg")
+
+
+def run_slurm(ledger: Ledger, load: Load, place: Place, *, num_workers: int, options: Mapping[str, str]) -> None:
+    """Work through a ledger with the tasks of an array.
+
+    Args:
+        ledger: Of the batch.
+        load: Makes the segmenter.
+        place: Where a task computes.
+        num_workers: Tasks of the array.
+        options: ``partition``, ``account`` and whatever else sbatch takes; ``mem_gb``, ``timeout_min``, ``gpus``,
+            ``cpus_per_task``; ``cluster=local`` has processes of this machine stand for tasks.
+
+    Raises:
+        WorkflowError: If submitit is not installed, or does not take the options.
+        MedsegError: What stopped a task other than a fault of a case; OSError: of a full disk.
+    """
+    executor = _executor(ledger, options)
+    deaths = EarlyDeaths()
+    heard = 0
+    tasks: dict[str, Any] = {}
+    try:
+        while (progress := ledger.progress()).is_open:
+            if not tasks:
+                names = [f"slurm-{uuid.uuid4().hex[:8]}" for _ in range(min(num_workers, progress.total))]
+                arguments = [(ledger, load, name, place, os.getcwd()) for name in names]
+                tasks = dict(zip(names, executor.map_array(_task, arguments), strict=True))
+            time.sleep(_LOOK_EVERY_S)
+            heard = tell(ledger, heard)
+            for name, task in list(tasks.items()):
+                if task.done():
+                    del tasks[name]
+                    _look_at(name, task, ledger, deaths)
+        for task in tasks.values():  # they are about to end
+            task.wait()
+        tasks = {}
+        tell(ledger, heard)
+    finally:
+        for name, task in tasks.items():
+            task.cancel()
+            ledger.release(name)
+
+
+def _task(arguments: tuple[Ledger, Load, str, Place, str]) -> Exception | None:
+    ledger, load, name, place, folder = arguments
+    return work_elsewhere(ledger, load, worker=name, place=place, folder=folder)
+
+
+def _look_at(name: str, task: Any, ledger: Ledger, deaths: EarlyDeaths) -> None:
+    """What a task that has ended leaves behind."""
+    error = task.exception()
+    if error is None:
+        if (fault := task.result()) is not None:
+            raise fault
+        return
+    if isinstance(error, MedsegError):
+        raise error
+    death = Death(f"{task.state}, see {task.paths.stderr}")
+    deaths.add(death, had_work=ledger.bury(name, death))
+    log.warning("W-WORKER a task was ended: %s", death.ending)
+
+
+def _executor(ledger: Ledger, options: Mapping[str, str]) -> Any:
+    try:
+        submitit = import_module("submitit")
+    except ImportError:
+        message = "needs submitit, which is not installed: pip install 'medseg[slurm]'"
+        raise WorkflowError("E-EXTRA", message, where="--executor slurm") from None
+    chosen: dict[str, Any] = {key: int(value) if value.isdigit() else value for key, value in options.items()}
+    cluster = chosen.pop("cluster", "slurm")
+    named = {OPTIONS.get(key, f"slurm_{key}"): value for key, value in chosen.items()}
+    try:
+        executor = submitit.AutoExecutor(folder=ledger.path.parent / FOLDER, cluster=cluster)
+        executor.update_parameters(name="medseg", **named)
+    except (ValueError, NameError, TypeError, RuntimeError) as error:
+        raise WorkflowError("E-SLURM", str(error).splitlines()[0], where="--slurm") from None
+    return executor

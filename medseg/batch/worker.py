@@ -1,0 +1,262 @@
+"""What a worker of a batch does: case after case, reading the next and writing the last while one is segmented."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from medseg.batch.ledger import Job, Ledger
+from medseg.errors import DataError, MedsegError, WorkerError
+from medseg.files import NO_ROOM
+from medseg.memory import asked_for, is_out_of_memory
+
+_LOOK_EVERY_S = 0.5
+
+log = logging.getLogger("medseg")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker computes.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+        num_threads: Of the processor; None: as many as torch thinks.
+    """
+
+    device: str = "auto"
+    num_threads: int | None = None
+
+
+class Segmenter(Protocol):
+    """A loaded model, asked from three threads: each does one of these at a time."""
+
+    def prepare(self, job: Job) -> Any:
+        """Read a case."""
+
+    def segment(self, job: Job, prepared: Any) -> Any:
+        """Compute."""
+
+    def write(self, job: Job, found: Any) -> dict[str, Any]:
+        """Write all files of a case, and say what is worth knowing of its segmentation, in JSON's types."""
+
+
+Load = Callable[[Place], Segmenter]
+"""Makes the segmenter, in the process that uses it. It must pickle."""
+
+
+def work(ledger: Ledger, load: Load, *, worker: str, place: Place | None = None) -> None:
+    """Do a ledger's cases until none is left, or in the hands of others who may yet die.
+
+    At most three cases are in memory: one that is read ahead, one that is segmented, one that is written. What is
+    wrong with a case is written down and stops no other.
+
+    Args:
+        ledger: Of the batch.
+        load: Makes the segmenter.
+        worker: Who this is, see `worker_name`.
+        place: Where to compute.
+
+    Raises:
+        MedsegError: If the model cannot be used.
+        OSError: If the disk is full: there is no room for the others either.
+    """
+    segmenter = load(place or Place())
+    hand = _Hand(ledger, worker, segmenter)
+    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer, _leases(ledger, worker):
+        try:
+            upcoming = reader.submit(hand.take)
+            written: Future[None] | None = None
+            while taken := upcoming.result():
+                upcoming = reader.submit(hand.take)
+                found = hand.segment(taken)
+                if written:
+                    written.result()  # before another one waits in memory
+                written = writer.submit(hand.write, taken, found) if found is not None else None
+                del taken, found
+            if written:
+                written.result()
+        except BaseException:
+            hand.stopped.set()
+            raise
+        finally:
+            reader.shutdown()
+            writer.shutdown()
+            ledger.release(worker)
+
+
+@dataclass
+class _Taken:
+    """A case in hand."""
+
+    job: Job
+    prepared: Any
+    seconds: float
+
+
+class _Hand:
+    """What a worker has in hand: the cases that it has claimed and not ended."""
+
+    def __init__(self, ledger: Ledger, worker: str, segmenter: Segmenter) -> None:
+        self.ledger, self.worker, self.segmenter = ledger, worker, segmenter
+        self.stopped = threading.Event()
+        self._jobs: dict[str, Job] = {}
+        self._changed = threading.Condition()
+
+    def take(self) -> _Taken | None:
+        """The next case, read; None when all are done."""
+        while job := self._claimed():
+            started = time.monotonic()
+            try:
+                return _Taken(job, self.segmenter.prepare(job), time.monotonic() - started)
+            except Exception as error:
+                self._failed(job, error)
+        return None
+
+    def segment(self, taken: _Taken) -> Any:
+        """What the model finds; None if it cannot."""
+        started = time.monotonic()
+        try:
+            found = self.segmenter.segment(taken.job, taken.prepared)
+        except Exception as error:
+            self._failed(taken.job, error)
+            return None
+        finally:
+            taken.prepared = None  # its memory is wanted for the next
+        taken.seconds += time.monotonic() - started
+        return found
+
+    def write(self, taken: _Taken, found: Any) -> None:
+        """Write it, and write that down."""
+        try:
+            self._write(taken, found)
+        except BaseException:  # which is met when the next case has been taken: let none be waited for
+            self.stopped.set()
+            raise
+
+    def _write(self, taken: _Taken, found: Any) -> None:
+        started = time.monotonic()
+        try:
+            told = self.segmenter.write(taken.job, found)
+        except Exception as error:
+            self._failed(taken.job, error)
+            return
+        seconds = taken.seconds + time.monotonic() - started
+        self.ledger.finish(self.worker, taken.job, seconds=seconds, peak_bytes=_peak_bytes(), told=told)
+        self._ended(taken.job)
+
+    def _claimed(self) -> Job | None:
+        """Claim a case, waiting for one if need be."""
+        while not self.stopped.is_set():
+            with self._changed:
+                beside = bool(self._jobs)
+                if any(job.alone for job in self._jobs.values()):
+                    self._changed.wait(_LOOK_EVERY_S)
+                    continue
+                if job := self.ledger.claim(self.worker, beside=beside):
+                    self._jobs[job.id] = job
+                    return job
+                progress = self.ledger.progress()
+                if not progress.is_open:
+                    return None
+                self._changed.wait(_LOOK_EVERY_S)
+        return None
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise error  # there is no room for the others either
+        if is_out_of_memory(error) and not job.alone:
+            log.warning("W-MEMORY %s: out of memory beside another one; it is done again, alone", job.images[0])
+            self.ledger.put_back(self.worker, job)
+        else:
+            self.ledger.fail(self.worker, job, _fault(error, job))
+        self._ended(job)
+
+    def _ended(self, job: Job) -> None:
+        with self._changed:
+            del self._jobs[job.id]
+            self._changed.notify_all()
+
+
+def _fault(error: Exception, job: Job) -> MedsegError:
+    if isinstance(error, MedsegError):
+        return error
+    if is_out_of_memory(error):
+        message = f"the memory is not enough{asked_for(error)}; crop it, or use more"
+        return DataError("E-MEMORY", message, where=str(job.images[0]))
+    log.debug("case %s", job.id, exc_info=error)
+    return WorkerError("E-INTERNAL", f"{type(error).__name__}: {error}", where=f"case {job.id}")
+
+
+@contextmanager
+def _leases(ledger: Ledger, worker: str) -> Iterator[None]:
+    """Keep extending what a worker has."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(ledger.lease_s / 4):
+            try:
+                ledger.renew(worker)
+            except (MedsegError, OSError) as error:  # the one who works will meet it too
+                log.debug("the leases could not be extended", exc_info=error)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class LedgerHandler(logging.Handler):
+    """Hands what is logged to the command that started the batch, by way of the ledger."""
+
+    def __init__(self, ledger: Ledger, worker: str) -> None:
+        super().__init__(logging.WARNING)
+        self.ledger, self.worker = ledger, worker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write it down; a ledger that cannot be written is no reason to stop."""
+        try:
+            self.ledger.say(self.worker, record)
+        except (MedsegError, OSError):
+            self.handleError(record)
+
+
+def work_elsewhere(ledger: Ledger, load: Load, *, worker: str, place: Place, folder: str) -> Exception | None:
+    """`work` in a process that another framework started, perhaps on another machine.
+
+    Args:
+        ledger: As all the others, see `work`.
+        load: Makes the segmenter.
+        worker: Who this is.
+        place: Where to compute.
+        folder: The working folder of the one who asked.
+
+    Returns:
+        What stopped the batch, if anything: a fault of the model, or a full disk.
+    """
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    log.handlers, log.propagate = [LedgerHandler(ledger, worker)], False
+    try:
+        work(ledger, load, worker=worker, place=place)
+    except (MedsegError, OSError) as error:
+        return error
+    return None
