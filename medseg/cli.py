@@ -123,7 +123,11 @@ def train(
 @app.command()
 def predict(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Run folder, model folder, MLflow run id, or models:/NAME@ALIAS.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Run folder (of folds: all of them), model folder, MLflow run id, or models:/NAME@ALIAS.",
+        ),
     ],
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, folders, or a manifest.")],
     *,
@@ -144,7 +148,14 @@ def predict(
     prune: Annotated[
         int | None, typer.Option(metavar="LEVEL", min=1, help="Stop a UNet++ at this level, which is faster.")
     ] = None,
+    others: Annotated[
+        list[str] | None, typer.Option("--with", metavar="MODEL", help="Another model to be averaged with; repeatable.")
+    ] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write the probabilities too.")] = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Say how unsure each segmentation is, and which to look at first.")
+    ] = False,
+    entropy: Annotated[bool, typer.Option("--entropy", help="Write each voxel's entropy too, in percent.")] = False,
     device: Device = "auto",
     workers: Annotated[
         int,
@@ -177,7 +188,7 @@ def predict(
         from medseg.reporting.prediction import prediction_summary
 
         result = predict(
-            model,
+            [model, *(others or [])],
             inputs,
             output=output,
             format=format,
@@ -187,6 +198,8 @@ def predict(
             tta=tta,
             prune=prune,
             probabilities=probabilities,
+            uncertainty=uncertainty or entropy,
+            entropy=entropy,
             device=device,
             workers=workers,
             executor=executor,

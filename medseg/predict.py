@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from medseg.batch.ledger import Job, Ledger, only_writer, worker_name
 from medseg.batch.local import places, run_local
 from medseg.batch.progress import watched
 from medseg.batch.worker import Place, work
 from medseg.data.inputs import PROBABILITIES, check_unique, find_cases
 from medseg.data.manifest import Case
-from medseg.data.volume_io import WRITABLE_SUFFIXES, write_volume
-from medseg.errors import DataError, Problems, WorkflowError
-from medseg.files import remove_leftovers
+from medseg.data.volume_io import WRITABLE_SUFFIXES, read_geometry, write_volume
+from medseg.display import track
+from medseg.errors import DataError, MedsegError, Problems, WorkflowError
+from medseg.files import remove_leftovers, temporary_path
 from medseg.model import Crop
 from medseg.reporting.prediction import SUMMARY, write_summary
 from medseg.tracking.models import is_registered, model_folder
@@ -36,14 +39,17 @@ Executor = Literal["here", "local", "ray", "slurm"]
 LEDGER = "ledger.db"
 """In the output folder: the list of its cases, see `medseg.batch.ledger`."""
 
-_TOLD = ("windows", "windows_in_air", "network_seconds", "uncertainty")
+ENTROPY = "_entropy"
+"""What the files of the voxels' entropies have behind their case's name."""
+
+_TOLD = ("windows", "windows_in_air", "network_seconds", "uncertainty", "uncertainties", "agreement")
 """What an entry says of a segmentation besides its seconds, where it is known."""
 
 log = logging.getLogger("medseg")
 
 
 def predict(
-    model: str,
+    model: str | Sequence[str],
     inputs: Sequence[Path],
     *,
     output: Path,
@@ -54,6 +60,8 @@ def predict(
     tta: bool = False,
     prune: int | None = None,
     probabilities: bool = False,
+    uncertainty: bool = False,
+    entropy: bool = False,
     device: str = "auto",
     workers: int = 0,
     executor: Executor = "here",
@@ -67,7 +75,8 @@ def predict(
     """Segment scans. A scan that cannot be segmented is listed and does not stop the others.
 
     Args:
-        model: A model folder, a run folder, an MLflow run id, or a registered model as ``models:/name@alias``.
+        model: A model folder, a run folder, an MLflow run id, or a registered model as ``models:/name@alias``; of a
+            cross-validation's run folder all folds are averaged. Or several of them, all averaged.
         inputs: Files, folders (searched recursively) and manifests.
         output: Folder for the segmentations, made if need be; each is called after its case.
         format: ``nii.gz``, ``nii``, ``nrrd`` or ``mha``; for pictures ``png`` too.
@@ -78,6 +87,8 @@ def predict(
         tta: Average over mirrored copies along all axes.
         prune: Stop a UNet++ that was trained with deep supervision at this level, which is faster.
         probabilities: Write the network's probabilities too.
+        uncertainty: Say of each case how unsure its segmentation is, to look at the least sure ones first.
+        entropy: Write the entropy of each voxel too, in percent.
         device: ``auto``, ``cpu`` or ``cuda``.
         workers: Processes, actors or tasks that segment at once, each with the model in memory; 0: one for each GPU of
             this machine, or one. Each reads the next scan and writes the last one while it computes.
@@ -93,36 +104,42 @@ def predict(
 
     Returns:
         ``done`` (each with case, input, output, seconds, and what else is known: windows, windows_in_air,
-        network_seconds, uncertainty), ``failed`` (case, input, error_id, message), ``skipped`` (ids that `resume`
-        passed over), ``seconds``, and ``summary``, the table of all cases; of a dry run ``planned`` instead.
+        network_seconds, uncertainty, uncertainties, agreement), ``failed`` (case, input, error_id, message), ``skipped`` (ids that `resume`
+        passed over), ``seconds``, and ``summary``, the table of all cases; of a dry run ``planned`` instead, with
+        windows, seconds in the network and gigabytes of each.
 
     Raises:
         MedsegError: If work cannot begin.
     """
     started = time.monotonic()
-    _check_arguments(format, overlap, resume=resume, force=force, probabilities=probabilities)
+    _check_arguments(format, overlap, resume=resume, force=force, with_maps=probabilities or entropy)
     cases = find_cases(inputs, split=split)
     check_unique(cases)
-    if is_registered(model):  # found once: the alias may be given to another version while scans are segmented
-        model = str(model_folder(model, tracking_uri))
+    models = tuple(  # found once: the alias may be given to another version while scans are segmented
+        str(model_folder(name, tracking_uri)) if is_registered(name) else name
+        for name in ([model] if isinstance(model, str) else model)
+    )
     suffix = f".{format}"
-    kinds = ("", PROBABILITIES) if probabilities else ("",)
+    kinds = ["", *([PROBABILITIES] if probabilities else []), *([ENTROPY] if entropy else [])]
     files = {case.id: tuple(output / f"{case.id}{kind}{suffix}" for kind in kinds) for case in cases}
     _check_inputs_safe(cases, files)
     jobs = [Job(case.id, case.images, files[case.id]) for case in cases]
-    loading = _Loading(model, device, overlap, crop, tta, prune, tracking_uri, format, any_modality=force)
+    wanted = {"probabilities": probabilities, "uncertainty": uncertainty, "entropy": entropy}
+    loading = _Loading(
+        models, device, overlap, crop, tta, prune, tracking_uri, format, any_modality=force, wanted=wanted
+    )
     if not (resume or force):
         _check_nothing_there(files)
     if dry_run:
-        loading(Place(device))
+        segmenter = loading(Place(device))
         todo = [job for job in jobs if force or not job.is_written]
-        planned = [_entry(job) | {"output": str(job.files[0])} for job in todo]
+        planned = [_entry(job) | {"output": str(job.files[0])} | segmenter.plan(job) for job in track(todo, "planning")]
         skipped = [job.id for job in jobs if job not in todo]
         found: Result = {"done": [], "failed": [], "skipped": skipped, "planned": planned}
         return {**found, "seconds": round(time.monotonic() - started, 2)}
     options = {
-        "model": _fingerprint(model), "overlap": overlap, "crop": crop, "tta": tta, "prune": prune,
-        "probabilities": probabilities, "format": format,
+        "model": [_fingerprint(name) for name in models], "overlap": overlap, "crop": crop, "tta": tta, "prune": prune,
+        "format": format, **wanted,
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     with only_writer(output), _no_leftovers(output):
@@ -181,9 +198,10 @@ class _Loading:
 
     Args:
         any_modality: Segment scans of another modality than the model's, with a warning.
+        wanted: Whether probabilities, uncertainty and entropy are wanted.
     """
 
-    model: str
+    models: Sequence[str]
     device: str
     overlap: float | None
     crop: Crop | None
@@ -192,6 +210,7 @@ class _Loading:
     tracking_uri: str | None
     format: str
     any_modality: bool
+    wanted: Mapping[str, bool]
 
     def __call__(self, place: Place) -> _Segmenter:
         """Load the model.
@@ -206,7 +225,7 @@ class _Loading:
         if place.num_threads:
             torch.set_num_threads(place.num_threads)
         made = predictor(
-            self.model,
+            self.models,
             device=place.device,
             overlap=self.overlap,
             crop=self.crop,
@@ -216,7 +235,7 @@ class _Loading:
         )
         if self.format == "png" and made.spec.spatial_dims == 3:
             raise WorkflowError("E-ARGUMENT", "a PNG holds no volume, which this model predicts", where="--format")
-        return _Segmenter(made, any_modality=self.any_modality)
+        return _Segmenter(made, self.wanted, any_modality=self.any_modality)
 
 
 @dataclass(frozen=True)
@@ -224,23 +243,49 @@ class _Segmenter:
     """What a worker of a batch asks for, see `medseg.batch.worker.Segmenter`."""
 
     predictor: Predictor
+    wanted: Mapping[str, bool]
     any_modality: bool
 
     def prepare(self, job: Job) -> Prepared:
         return self.predictor.prepare(job.images, any_modality=self.any_modality)
 
     def segment(self, job: Job, prepared: Prepared) -> Segmentation:
-        return self.predictor.segment_prepared(prepared, with_probabilities=len(job.files) > 1)
+        return self.predictor.segment_prepared(
+            prepared,
+            probabilities_to=temporary_path(job.files[1]) if self.wanted["probabilities"] else None,
+            with_uncertainty=self.wanted["uncertainty"],
+            with_entropy=self.wanted["entropy"],
+        )
 
     def write(self, job: Job, found: Segmentation) -> Result:
-        if found.probabilities:
-            write_volume(job.files[1], found.probabilities)
-        write_volume(job.files[0], found.label)  # last, as the sign that the case is complete
-        told: Result = {"windows": found.num_windows, "windows_in_air": found.num_in_air}
-        for name in ("network_seconds", "uncertainty"):
-            if (value := getattr(found, name, None)) is not None:
-                told[name] = value
+        label, *others = job.files  # the label map last, as the sign that the case is complete
+        for file, volume in zip(others, filter(None, (found.probabilities, found.entropy)), strict=True):
+            write_volume(file, volume)
+        if found.probabilities and isinstance(found.probabilities.array.base, np.memmap):
+            Path(str(found.probabilities.array.base.filename)).unlink()
+        write_volume(label, found.label)
+        told: Result = {
+            "windows": found.num_windows,
+            "windows_in_air": found.num_in_air,
+            "network_seconds": round(found.network_seconds, 3),
+        }
+        if found.uncertainty is not None:
+            told |= {"uncertainty": found.uncertainty, "uncertainties": found.uncertainties}
+            told |= {"agreement": found.agreement} if found.agreement is not None else {}
         return told
+
+    def plan(self, job: Job) -> Result:
+        """What a case will take, or why it cannot be done."""
+        try:
+            plan = self.predictor.plan(read_geometry(job.images[0]))
+        except MedsegError as error:
+            return {"error_id": error.error_id, "message": str(error)}
+        return {
+            "windows": plan.num_windows,
+            "network_seconds": round(plan.seconds, 1),
+            "memory_gb": round(plan.host_bytes / 1e9, 2),
+            "gpu_memory_gb": round(plan.device_bytes / 1e9, 2),
+        }
 
 
 def _entry(job: Job) -> Result:
@@ -273,12 +318,12 @@ def _no_leftovers(folder: Path) -> Iterator[None]:
         remove_leftovers(folder)
 
 
-def _check_arguments(format: str, overlap: float | None, *, resume: bool, force: bool, probabilities: bool) -> None:
+def _check_arguments(format: str, overlap: float | None, *, resume: bool, force: bool, with_maps: bool) -> None:
     if f".{format}" not in WRITABLE_SUFFIXES:
         known = ", ".join(suffix.removeprefix(".") for suffix in WRITABLE_SUFFIXES)
         raise WorkflowError("E-SUFFIX", f"{format!r} is not written; known: {known}", where="--format")
-    if format == "png" and probabilities:
-        raise WorkflowError("E-ARGUMENT", "a PNG holds no probabilities; use nii.gz", where="--format")
+    if format == "png" and with_maps:
+        raise WorkflowError("E-ARGUMENT", "a PNG holds no probabilities or entropies; use nii.gz", where="--format")
     if overlap is not None and not 0 <= overlap < 1:
         raise WorkflowError("E-ARGUMENT", f"{overlap} must be at least 0 and less than 1", where="--overlap")
     if resume and force:

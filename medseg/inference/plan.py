@@ -50,6 +50,15 @@ class Plan:
     host_bytes: int
     device_bytes: int
 
+    def __add__(self, other: Plan) -> Plan:
+        """Of another model beside this one."""
+        return Plan(
+            self.num_windows + other.num_windows,
+            self.seconds + other.seconds,
+            self.host_bytes + other.host_bytes,
+            self.device_bytes + other.device_bytes,
+        )
+
 
 @torch.inference_mode()
 def window_cost(

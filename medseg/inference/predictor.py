@@ -19,8 +19,9 @@ from medseg.data.checks import check_modalities, hounsfield_fault
 from medseg.data.sources import Source
 from medseg.data.transforms import Prepared, preprocess
 from medseg.errors import DataError
-from medseg.geometry import Volume
+from medseg.geometry import Geometry, Volume
 from medseg.inference.ensemble import Averaged, Member, Planes, averaged, grouped, voted
+from medseg.inference.plan import Plan, WindowCost, plan_of, window_cost
 from medseg.inference.postprocess import check_steps, postprocess
 from medseg.inference.restore import PICTURE_AXIS, Place, resampled_planes, restored, room_for_probabilities, solid
 from medseg.inference.sliding_window import Clock, slabs
@@ -111,7 +112,7 @@ def ways(device: torch.device, batch_size: int) -> tuple[Way, ...]:
     return tuple(dict.fromkeys(found))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """A network that sees windows of its own.
 
@@ -126,6 +127,14 @@ class _Part:
     network: nn.Module
     count: int
     preparation: int
+
+    def batch_shape(self, batch_size: int) -> tuple[int, ...]:
+        """Of a batch of its windows, (B, C, I, J, K)."""
+        window = self.spec.window
+        patch = list(window.patch_size)
+        if len(patch) == 2:
+            patch.insert(window.slice_axis, 1 + 2 * window.context_slices)
+        return batch_size, len(self.spec.channels), *patch
 
 
 class Predictor:
@@ -179,6 +188,7 @@ class Predictor:
         self._ways = ways(self.device, self.batch_size)
         self._steps = check_steps(self.spec.postprocess, spec.labels)
         self._is_laid_out = False
+        self._costs: dict[_Part, WindowCost] = {}
 
     def segment(
         self,
@@ -326,6 +336,17 @@ class Predictor:
             agreement=votes.share if votes else None,
         )
 
+    def plan(self, source: Geometry) -> Plan:
+        """What a scan on this grid will take; the first call computes some windows to find out."""
+        way, total = self._ways[0], Plan(0, 0.0, 0, 0)
+        for part in self._parts:
+            if part not in self._costs:
+                shape = part.batch_shape(way.batch_size)
+                self._costs[part] = window_cost(part.network, shape, device=way.device, autocast=self.autocast)
+            on_gpu = way.device.type == "cuda"
+            total += plan_of(part.spec, source, self._costs[part], batch_size=way.batch_size, on_gpu=on_gpu)
+        return total
+
     def _lay_out(self, way: Way, num_windows: int) -> None:
         """Find the fastest layout of the networks, once, when there is enough to be done."""
         if self._is_laid_out or num_windows < MIN_WINDOWS or way.device != self.device:
@@ -333,8 +354,7 @@ class Predictor:
         self._is_laid_out = True
         for part in self._parts:
             if part.spec.spatial_dims == 3:
-                shape = (way.batch_size, len(part.spec.channels), *part.spec.window.patch_size)
-                lay_out(part.network, shape, device=way.device, autocast=self.autocast)
+                lay_out(part.network, part.batch_shape(way.batch_size), device=way.device, autocast=self.autocast)
 
     def _windows(self, prepared: Prepared) -> list[Windows]:
         """Of each part; all in order along the same axis, and in the same direction."""

@@ -14,12 +14,13 @@ from rich.text import Text
 
 from medseg.errors import MedsegError, Problems
 from medseg.files import write_atomically
+from medseg.wording import counted, duration, listed
 
 SUMMARY = "summary.csv"
 
 COLUMNS = (
     "case", "input", "output", "state", "seconds", "network_seconds", "windows", "windows_in_air", "uncertainty",
-    "attempts", "peak_mb", "error_id", "message",
+    "agreement", "attempts", "peak_mb", "error_id", "message",
 )  # fmt: skip
 
 _MOST_LISTED = 10
@@ -37,8 +38,7 @@ def write_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def prediction_summary(result: Mapping[str, Any]) -> RenderableType:
     """How many scans were segmented, where they are, and what was wrong with the others, equal faults in one line."""
     if "planned" in result:
-        lines = [f"  {entry['case']}  {entry['input']}  {entry['output']}" for entry in result["planned"]]
-        return _lines([f"{len(lines)} would be segmented", *lines])
+        return _lines(_plan(result["planned"]))
     done, failed, skipped = result["done"], result["failed"], result.get("skipped", ())
     given_up = sum(entry["error_id"] == "E-WORKER" for entry in failed)
     seconds = result["seconds"]
@@ -48,6 +48,10 @@ def prediction_summary(result: Mapping[str, Any]) -> RenderableType:
     lines = [", ".join(counts)]
     if len(done) <= _MOST_LISTED:
         lines += [f"  {entry['case']}  {entry['output']}" for entry in done]
+    unsure = sorted((entry for entry in done if "uncertainty" in entry), key=lambda entry: -entry["uncertainty"])
+    if len(unsure) > 1:
+        first = [f"{entry['case']} ({entry['uncertainty']:.2f})" for entry in unsure]
+        lines += [f"look at these first, they are the least sure: {listed(first)}"]
     if failed:
         lines += str(Problems([_fault(entry) for entry in failed])).splitlines()
     if len(done) + len(failed) < 2:
@@ -59,6 +63,23 @@ def prediction_summary(result: Mapping[str, Any]) -> RenderableType:
     table.add_row(str(len(done)), str(len(failed) - given_up), str(given_up), f"{seconds:.0f}", pace, share)
     places = [f"each case: {result['summary']}", f"look at them: medseg report {Path(result['summary']).parent}"]
     return Group(_lines(lines), table, _lines(places))
+
+
+def _plan(planned: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What would be done, and what it would take."""
+    known = [entry for entry in planned if "windows" in entry]
+    lines = [f"{len(known)} would be segmented"]
+    if known:
+        windows, seconds = (sum(entry[key] for entry in known) for key in ("windows", "network_seconds"))
+        memory, gpu = (max(entry[key] for entry in known) for key in ("memory_gb", "gpu_memory_gb"))
+        lines += [
+            f"{counted(windows, 'window')}, {duration(seconds)} in the network, on one worker",
+            f"{memory:.1f} GB of memory at the most beside the model" + (f", {gpu:.1f} GB of the GPU's" if gpu else ""),
+        ]
+    for entry in planned:
+        told = f"{counted(entry['windows'], 'window')}  {entry['output']}" if "windows" in entry else entry["message"]
+        lines.append(f"  {entry['case']}  {entry['input']}  {told}")
+    return lines
 
 
 def _fault(entry: Mapping[str, Any]) -> MedsegError:
