@@ -98,7 +98,7 @@ def compared(runs: list[Path], metric: str, output: Path) -> list[str]:
     for run, comparison in zip(runs[1:], result["comparisons"], strict=True):
         found = [comparison["organs"][organ] for organ in organs]
         cells = " | ".join(
-            f"{interval(organ, 'run')} | {interval(organ, 'difference', '+')}, p {organ['p_holm']:.3f}"
+            f"{interval(organ, 'run')} | {interval(organ, 'difference', '+')}, p {number(organ['p_holm'])}"
             for organ in found
         )
         lines.append(f"| `{run.name}` | {cells} |")
@@ -108,7 +108,12 @@ def compared(runs: list[Path], metric: str, output: Path) -> list[str]:
 def interval(found: dict[str, Any], key: str, sign: str = "") -> str:
     """``0.888 [0.880, 0.895]``."""
     low, high = found["ci95" if key == "difference" else f"{key}_ci95"]
-    return f"{found[key]:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"{number(found[key], sign)} [{number(low, sign)}, {number(high, sign)}]"
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """``0.031``; too few patients have neither test nor interval."""
+    return "–" if value is None else f"{value:{sign}.3f}"
 
 
 def main() -> None:

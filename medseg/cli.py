@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,8 +18,6 @@ from medseg.outcome import (
     SOME_CASES_FAILED,
     WORSE,
     OneMessage,
-    described,
-    parts_table,
     print_result,
     stdout_kept_free,
     training_summary,
@@ -29,7 +28,7 @@ from medseg.outcome import (
 app = typer.Typer(
     cls=OneMessage,
     help="Segment organs and lesions in medical images: train, predict, evaluate, compare.",
-    epilog="Exit codes: 0 done, 2 refused before work began, 3 some cases failed, 4 internal error, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 worse (compare --fail-if-worse), 2 refused before work began, 3 some cases failed, 4 internal error, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -386,19 +385,41 @@ def nets(
 
 
 @app.command()
-def losses(*, as_json: AsJson = False) -> None:
-    """List the losses."""
+def losses(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One loss.")] = None, *, as_json: AsJson = False
+) -> None:
+    """List the losses, or tell all of one."""
     with stdout_kept_free():
         from medseg.losses import LOSSES
-    print_result(described(LOSSES), as_json, parts_table)
+        from medseg.parts import described, documented, part_page, parts_table
+
+    if name is not None:
+        print_result({"name": name, **described(LOSSES[name]), **documented(LOSSES[name])}, as_json, part_page)
+        return
+    table = partial(parts_table, caption="medseg losses NAME tells paper and arguments")
+    print_result({key: described(entry) for key, entry in LOSSES.items()}, as_json, table)
 
 
 @app.command()
-def metrics(*, as_json: AsJson = False) -> None:
-    """List the metrics."""
+def metrics(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One metric.")] = None, *, as_json: AsJson = False
+) -> None:
+    """List the metrics, or tell all of one."""
     with stdout_kept_free():
         from medseg.metrics import METRICS
-    print_result(described(METRICS), as_json, parts_table)
+        from medseg.metrics.groups import groups_of, groups_text
+        from medseg.parts import described, documented, part_page, parts_table
+
+    told = {key: {**described(entry), "groups": groups_of(key)} for key, entry in METRICS.items()}
+    if name is not None:
+        METRICS[name]  # which tells what is wrong with it
+        key = name.partition(":")[0]  # the metric itself, whatever its number
+        print_result({"name": key, **told[key], **documented(METRICS[key].score)}, as_json, part_page)
+        return
+    caption = (
+        "medseg metrics NAME tells paper and arguments; medseg evaluate --metrics also takes all and these groups:"
+    )
+    print_result(told, as_json, partial(parts_table, caption=f"{caption}\n{groups_text()}"))
 
 
 @data_app.command("list")

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -173,22 +173,6 @@ def _folds_summary(result: Result) -> RenderableType:
 def _places(places: Mapping[str, str]) -> Text:
     lines = "\n".join(f"{name:<12}{place}" for name, place in places.items())
     return Text(f"\n{lines}\n", overflow="ignore", no_wrap=True)
-
-
-def described(entries: Mapping[str, Any]) -> Result:
-    """What people and programs learn of the entries of a registry."""
-    return {
-        name: {"title": entry.title, "paper": entry.paper, "good_for": entry.good_for}
-        for name, entry in entries.items()
-    }
-
-
-def parts_table(result: Result) -> Table:
-    """What a registry holds: a row an entry."""
-    table = Table("name", "title", Column("paper", overflow="fold"), "good for")  # an identifier is whole or useless
-    for name, entry in result.items():
-        table.add_row(name, *entry.values())
-    return table
 
 
 def _fail(message: str, exit_code: int, *, debug: bool) -> NoReturn:

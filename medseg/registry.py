@@ -105,7 +105,7 @@ def _in_words(kind: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_in_words(one) for one in inner)
     if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
+        return f"{'one of ' if len(inner) > 1 else ''}{', '.join(map(str, inner))}"
     if origin in (Sequence, list, tuple):
         kinds = dict.fromkeys(_in_words(one) for one in inner if one is not ...)
         return f"a list of {' and '.join(name.removeprefix('a ') + 's' for name in kinds)}"

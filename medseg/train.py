@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from medseg.build.balance import balanced_weights, weights_told, with_class_weights
 from medseg.build.data import TrainingData, manifest, training_data
 from medseg.build.model import Hardware, specification
 from medseg.build.provenance import MANIFEST_TAG, run_tags, workflow_tags
-from medseg.build.scoring import choose_postprocessing, dice_result, score_held_out, score_postprocessed
-from medseg.build.training import balanced, check_parts, listener, recorded
+from medseg.build.scoring import choose_postprocessing, dice_result, metric_means, score_held_out, score_postprocessed
+from medseg.build.training import check_parts, listener, recorded
 from medseg.build.training import tracker as make_tracker
 from medseg.build.training import trainer as make_trainer
 from medseg.data.manifest import Manifest
@@ -111,8 +112,7 @@ def _train_fold(
 ) -> Result:
     started = time.monotonic()
     plan = plan.model_copy(update={"validate_": plan.validate_.model_copy(update={"fold": fold})})  # as it is recorded
-    data = _prepare(plan, fold, hardware)
-    plan = balanced(plan, data)
+    plan, data = _prepare(plan, fold, hardware)
     display = LiveDisplay(console(), f"{plan.name} fold {fold}", plan.train.iterations)
     with _training_memory(plan):
         trainer = make_trainer(plan, data, observer=display, hardware=hardware)
@@ -158,11 +158,17 @@ def _training_memory(plan: Workflow) -> AbstractContextManager[None]:
     return memory_told(remedy, where=plan.where("train", "patch_size"))
 
 
-def _prepare(plan: Workflow, fold: int, hardware: Hardware) -> TrainingData:
+def _prepare(plan: Workflow, fold: int, hardware: Hardware) -> tuple[Workflow, TrainingData]:
+    """The cases, and the workflow with numbers for what they decide about the loss."""
     source = manifest(plan)
     check_parts(plan, source, hardware)
     with memory_told("set data.cache: disk, or a coarser data.spacing_mm", where=plan.where("data", "cache")):
-        return training_data(plan, source, fold)
+        data = training_data(plan, source, fold)
+    weights = balanced_weights(data.training, data.labels)
+    weighted = with_class_weights(plan, weights)
+    if weighted.loss != plan.loss:
+        console().print(weights_told(weights, data.labels), markup=False, soft_wrap=True)
+    return weighted, data
 
 
 def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Progress, tracker: MlflowTracker) -> Result:
@@ -196,8 +202,9 @@ def _finish(plan: Workflow, data: TrainingData, trainer: Trainer, progress: Prog
         "last": {"step": progress.step, **dice_result(scores.get("last", scores["best"]), organs)},
     }
     for which, result in found.items():
-        dice = {f"final/{which}/dice/{organ}": value for organ, value in result["dice"].items()}
-        tracker.log_metrics(dice | {f"final/{which}/mean_dice": result["mean_dice"]}, progress.step)
+        means = metric_means(scores.get(which, scores["best"]))
+        numbers = {**means, "mean_dice": result["mean_dice"]}
+        tracker.log_metrics({f"final/{which}/{name}": value for name, value in numbers.items()}, progress.step)
     tracker.log_table(folder.path / PER_CASE)
     for name in ("validation.csv", "workflow.yaml", "manifest.json"):
         tracker.log_file(folder.path / name)
@@ -253,8 +260,8 @@ def _joint(results: Sequence[Result], path: Path, organs: Sequence[str], parent:
     scores = [score for result in results for score in read_table(path / f"fold_{result['fold']}" / PER_CASE)]
     write_table(path / PER_CASE, scores)
     best = dice_result(scores, organs)
-    dice = {f"cv/dice/{organ}": value for organ, value in best["dice"].items()}
-    parent.log_metrics(dice | {"cv/mean_dice": best["mean_dice"]}, 0)
+    numbers = {**metric_means(scores), "mean_dice": best["mean_dice"]}
+    parent.log_metrics({f"cv/{name}": value for name, value in numbers.items()}, 0)
     parent.log_table(path / PER_CASE)
     return {
         "run_dir": str(path),
@@ -293,7 +300,7 @@ def _report(folder: Path, result: Result, tracker: MlflowTracker) -> None:
 
 def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
     """Build everything, time a few iterations and one validation case, and extrapolate."""
-    data = _prepare(plan, fold, hardware)
+    plan, data = _prepare(plan, fold, hardware)
     display = LiveDisplay(console(), plan.name, plan.train.iterations)
     seconds = []
     with _training_memory(plan):
@@ -320,7 +327,8 @@ def _rehearse(plan: Workflow, fold: int, hardware: Hardware) -> Result:
     total = plan.train.iterations * step + (num_validations * num_cases + scoring) * validation
     console().print(
         f"{plan.name}: {len(data.training)} training and {len(data.validation)} held-out cases; "
-        f"{step:.2f} s an iteration, {validation:.1f} s a validation case: about {duration(total)} on this machine"
+        f"{step:.2f} s an iteration, {validation:.1f} s a validation case: about {duration(total)} on this machine",
+        soft_wrap=True,
     )
     return {
         "dry_run": True,

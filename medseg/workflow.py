@@ -6,18 +6,24 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 
 from medseg.errors import MedsegError, Problems, WorkflowError
 from medseg.located_yaml import SET, FieldPath, Positions, dotted, line_of, override, place, read_yaml
 from medseg.registry import did_you_mean
+from medseg.wording import counted
+
+CLOSE = 0.8
+"""How alike a key of a part's entry and a field must be to be a slip, and not an argument: class_weights is no weight."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Overlap = Annotated[float, Field(ge=0, lt=1)]
@@ -85,19 +91,24 @@ class Init(Section):
 
 
 class Ramp(Section):
-    start: float = Field(0.0, alias="from")
-    end: float = Field(1.0, alias="to")
+    start: NotNegative = Field(0.0, alias="from")
+    end: NotNegative = Field(1.0, alias="to")
     over: PositiveInt = Field(description="iterations from start to end")
 
 
 class LossTerm(Part):
-    weight: float | Ramp = 1.0
+    weight: NotNegative | Ramp = 1.0
+
+    @property
+    def ever_counts(self) -> bool:
+        """Whether its weight is not always 0."""
+        return self.weight.start + self.weight.end > 0 if isinstance(self.weight, Ramp) else self.weight > 0
 
 
 class Optimizer(Section):
     name: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    weight_decay: NotNegative = 1e-2
     momentum: Fraction = Field(0.99, description="sgd only, Nesterov")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adam and adamw only")
 
@@ -182,6 +193,13 @@ class Workflow(Section):
     infer: Infer = Field(default_factory=Infer)
     track: Track = Field(default_factory=Track)
 
+    @field_validator("loss")
+    @classmethod
+    def _something_to_learn(cls, loss: tuple[LossTerm, ...]) -> tuple[LossTerm, ...]:
+        if not any(term.ever_counts for term in loss):
+            raise ValueError("all weights are 0, so nothing would be learned; give one of them more")
+        return loss
+
     _file: Path = PrivateAttr(default=Path("workflow.yaml"))
     _positions: Positions = PrivateAttr(default_factory=dict)
 
@@ -248,8 +266,12 @@ def json_schema() -> dict[str, Any]:
 def _explain(error: ValidationError, positions: Mapping[FieldPath, str], path: Path) -> list[MedsegError]:
     """What is wrong, in the order of the file; of a union's branches only the one that went furthest."""
     found = [(tuple(part for part in item["loc"] if _is_field(part)), item) for item in error.errors()]
+    told = {at for at, item in found if item["type"] != "model_type"}  # of ``weight: -1`` not that a ramp is a mapping
     deepest = [
-        (at, item) for at, item in found if not any(at == other[: len(at)] and at != other for other, _ in found)
+        (at, item)
+        for at, item in found
+        if not any(at == other[: len(at)] and at != other for other, _ in found)
+        and not (item["type"] == "model_type" and at in told)
     ]
     in_order = sorted(deepest, key=lambda entry: line_of(place(entry[0], positions, path)))
     return [
@@ -261,30 +283,56 @@ def _explain(error: ValidationError, positions: Mapping[FieldPath, str], path: P
 def _message(at: FieldPath, item: Any) -> str:
     kind, found = item["type"], item.get("input")
     if kind == "extra_forbidden":
-        return f"not a field{did_you_mean(str(at[-1]), _fields(at[:-1]))}"
+        return _unknown_field(at)
     if kind == "missing":
         return "is missing; a workflow must state it"
+    if kind == "value_error":  # of a validator above, which says all
+        return str(item["ctx"]["error"])
+    if kind == "too_short":
+        remedy = "; write loss: [dice]" if at == ("loss",) else ""
+        return f"must have at least {counted(item['ctx']['min_length'], 'value')}, found {found!r}{remedy}"
     message = f"{_readable(item)}, found {found!r}"
     if isinstance(found, str) and _is_number(found):
         return f"{message}; write the number without quotes"
+    if isinstance(found, str | dict) and kind == "tuple_type":
+        return f"{message}; write {at[-1]}: [{found if isinstance(found, str) else '{…}'}]"
     if isinstance(found, str) and kind == "literal_error":
         return message + did_you_mean(found, item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
     return message
 
 
 def _readable(item: Any) -> str:
-    message = str(item["msg"])
-    return message.replace("Input should be", "must be").replace("Input must be", "must be")
+    message = str(item["msg"]).replace("Input should be", "must be").replace("Input must be", "must be")
+    return message.replace("a valid array", "a list")
+
+
+def _unknown_field(at: FieldPath) -> str:
+    """Which field was meant; in a part's entry it may well be one of the part's own arguments."""
+    key, section = str(at[-1]), _section(at[:-1])
+    fields = _names(section)
+    if section and issubclass(section, Part) and not get_close_matches(key, fields, cutoff=CLOSE):
+        return f"not a field (these are {', '.join(fields)}); if it is an argument, write args: {{{key}: …}}"
+    return f"not a field{did_you_mean(key, fields)}"
 
 
 def _is_field(part: str | int) -> bool:
     """Whether a step of pydantic's location is a key of the YAML (and not the name of a union's branch)."""
-    branches = {"bool", "int", "float", "str", "none", "Ramp", "IntensityChoice", "constrained-int"}
+    branches = {
+        "bool",
+        "int",
+        "float",
+        "str",
+        "none",
+        "Ramp",
+        "IntensityChoice",
+        "constrained-int",
+        "constrained-float",
+    }
     return isinstance(part, int) or not (part in branches or "[" in part or "(" in part)
 
 
-def _fields(at: FieldPath) -> list[str]:
-    """Names of the fields of the section at a path."""
+def _section(at: FieldPath) -> Any:
+    """The section at a path; None if there is none."""
     model: Any = Workflow
     for part in at:
         if isinstance(part, int):
@@ -292,8 +340,12 @@ def _fields(at: FieldPath) -> list[str]:
         fields = {f.alias or name: f for name, f in model.model_fields.items()}
         model = next((kind for kind in _models(fields[part].annotation)), None) if part in fields else None
         if model is None:
-            return []
-    return [f.alias or name for name, f in model.model_fields.items()]
+            return None
+    return model
+
+
+def _names(section: Any) -> list[str]:
+    return [f.alias or name for name, f in section.model_fields.items()] if section else []
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

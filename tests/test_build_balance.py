@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from medseg.build.balance import balanced_weights, with_class_weights
+from medseg.build.balance import balanced_weights, weights_told, with_class_weights
 from medseg.data.dataset import CachedCase
 from medseg.labels import Labels
 from medseg.workflow import Workflow
@@ -49,6 +49,8 @@ def test_a_region_is_weighted_by_the_labels_it_unites(tmp_path: Path) -> None:
     labels = Labels({0: "background", 1: "a", 2: "b"}, regions={"whole": (1, 2), "b": (2,)}, region_order=(1, 2))
     weights = balanced_weights(cases(tmp_path, np.array([0] * 90 + [1] * 8 + [2] * 2)), labels)
     assert weights == (12 / (2 * 10), 12 / (2 * 2))
+    assert weights_told(weights, labels) == "class_weights: balanced means whole 0.6, b 3"
+    assert weights_told((0.1, 2, 30), LABELS) == "class_weights: balanced means background 0.1, liver 2, tumor 30"
 
 
 def test_a_class_without_voxels_weighs_nothing(tmp_path: Path) -> None:

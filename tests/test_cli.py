@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typer.testing import CliRunner, Result
 from medseg import __version__
 from medseg.cli import app
 from medseg.errors import DataError, Interrupted, Problems, TrainingError, WorkflowError
+from medseg.losses import LOSSES
+from medseg.metrics import METRICS
 
 Fake = Callable[..., list[dict[str, Any]]]
 
@@ -323,6 +326,31 @@ def test_losses_lists_names_papers_and_uses() -> None:
     listed = json.loads(medseg("losses", "--json").stdout)
     assert {"dice", "cross_entropy"} <= listed.keys()
     assert all(entry["good_for"] for entry in listed.values())
+
+
+@pytest.mark.parametrize(("command", "table"), [("losses", LOSSES), ("metrics", METRICS)])
+def test_names_that_one_has_to_type_are_whole_in_a_narrow_console(
+    monkeypatch: pytest.MonkeyPatch, command: str, table: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = medseg(command).stdout.splitlines()
+    assert {line.split(" ")[0] for line in lines} >= table.keys()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+
+
+def test_every_loss_and_metric_tells_its_arguments_and_meaning() -> None:
+    for command, table in (("losses", LOSSES), ("metrics", METRICS)):
+        for name in table:
+            told = json.loads(medseg(command, name, "--json").stdout)
+            assert told["name"] == name and told["about"] and told["paper"]
+            assert not [argument["name"] for argument in told["arguments"] if not argument["meaning"]], name
+    page = medseg("losses", "focal").stdout
+    assert "Lin et al. 2017" in page and re.search(r"gamma +2\.0 +How much; 0 is cross-entropy\.", page)
+    told = json.loads(medseg("metrics", "nsd:2", "--json").stdout)
+    assert told["name"] == "nsd" and told["groups"] == ["surface", "all"]
+    assert [(argument["name"], argument["default"]) for argument in told["arguments"]] == [("tolerance_mm", 1.0)]
+    assert "surface: hd, hd95, assd, nsd\n" in re.sub(" +\n", "\n", medseg("metrics").stdout)
+    assert "did you mean 'boundary'?" in medseg("losses", "boundry").stderr
 
 
 def test_phantom_makes_a_data_set(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import random
 import re
@@ -19,7 +20,9 @@ import pytest
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from medseg.build.training import recorded
+from medseg.build.data import manifest
+from medseg.build.provenance import CODE
+from medseg.build.training import check_parts, recorded
 from medseg.compare import compare
 from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import MedsegError
@@ -119,6 +122,10 @@ def test_a_training_leaves_a_model_tables_pictures_and_an_mlflow_run(home):
     assert len(list(folder.glob("pictures/step-*/*.png"))) == 6
     metrics = histories(home, result["mlflow_run_id"])
     assert sorted(metrics["val/dice/bright"]) == [4, 8, 12]
+    for metric in ("dice", "hd95"):
+        known = [float(row[metric]) for row in rows if row["organ"] == "bright" and row[metric]]
+        found = metrics.get(f"final/best/{metric}/bright", {12: math.nan})
+        assert found == pytest.approx({12: np.mean(known) if known else math.nan}, rel=1e-4, nan_ok=True)
     client = open_store(f"sqlite:///{home / 'mlflow.db'}")
     recorded = client.get_run(result["mlflow_run_id"])
     assert recorded.info.status == "FINISHED"
@@ -127,6 +134,9 @@ def test_a_training_leaves_a_model_tables_pictures_and_an_mlflow_run(home):
     tags["manifest_sha256"] = result["manifest_sha256"]
     found = {name: recorded.data.tags[f"medseg.{name}"] for name in tags}
     assert found == tags
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CODE, capture_output=True, text=True).stdout.strip()
+    assert recorded.data.tags["medseg.git_commit"] == (commit or "unknown")  # of medseg's code, not of this folder
+    assert recorded.data.tags["workflow.git_commit"] == "unknown"
     (told,) = recorded.inputs.dataset_inputs
     assert (told.dataset.name, told.dataset.digest) == ("tiny", result["manifest_sha256"][:36])
     assert "scan_" not in str(told.to_dictionary())
@@ -160,6 +170,7 @@ def test_all_folds_are_nested_runs_under_a_parent_with_the_joint_result(home, ca
     assert [run.run_id for run in experiment_runs("tiny")] == [result["mlflow_run_id"]]
     joint = histories(home, result["mlflow_run_id"])
     assert joint["cv/mean_dice"][0] == pytest.approx(result["best"]["mean_dice"])
+    assert joint["cv/dice/bright"][0] == pytest.approx(result["best"]["dice"]["bright"])
     assert len(result["folds"]) == 3
     rows = list(csv.DictReader(Path(result["per_case"]).read_text().splitlines()))
     assert sorted({row["case"] for row in rows}) == [f"scan_{n}" for n in range(6)]
@@ -227,7 +238,9 @@ def test_a_slice_network_trains_on_volumes_and_predicts_volumes(home):
 def test_a_dry_run_says_how_long_and_leaves_nothing(home, capsys):
     result = train(Path("tiny.yaml"), dry_run=True)
     assert result["seconds_per_iteration"] > 0
-    assert "4 training and 2 held-out cases" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "4 training and 2 held-out cases" in told
+    assert re.search(r"a validation case: (less than a minute|about \d+ minutes?) on this machine", told)
     assert not Path("runs").exists()
     assert not Path("mlflow.db").exists()
 
@@ -523,13 +536,38 @@ def test_weights_that_do_not_fit_are_refused_before_any_case_is_read(home, name,
     assert not Path("cache").exists()
 
 
-def test_balanced_class_weights_are_recorded_as_the_numbers_they_stand_for(home):
+@pytest.mark.parametrize(
+    ("loss", "warnings"),
+    [
+        ("[dice, {name: boundary, weight: {from: 0, to: 1, over: 8}}]", []),
+        (
+            "[dice, {name: boundary, weight: {from: 0, to: 1, over: 16}}]",
+            [
+                "W-RAMP --set loss[1].weight: goes from 0 to 1 over 16 iterations, but only to 0.5 in the 8 of train.iter"
+            ],
+        ),
+        ("[cldice, {name: hausdorff, weight: 0}]", ["W-LOSS --set loss: cldice is meant to stand beside a loss of ov"]),
+        ("[boundary, cross_entropy]", []),
+    ],
+)
+def test_a_loss_that_may_not_do_what_it_is_meant_to_is_warned_of(home, caplog, loss, warnings):
+    workflow = Workflow.load(home / "tiny.yaml", [f"loss={loss}", "train.iterations=8"])
+    check_parts(workflow, manifest(workflow))
+    assert len(caplog.messages) == len(warnings)
+    for message, expected in zip(caplog.messages, warnings, strict=True):
+        assert message.startswith(expected)
+
+
+def test_balanced_class_weights_are_recorded_and_told_as_the_numbers_they_stand_for(home, capsys):
     terms = "[{name: cross_entropy, args: {class_weights: balanced}}, {name: boundary, weight: {from: 0, to: 0.1, over: 2}}]"
     overrides = [f"loss={terms}", "train.iterations=2", "train.precision=bf16"]
     result = train(home / "tiny.yaml", overrides=overrides, output=home / "run")
     found = Workflow.load(Path(result["run_dir"], "workflow.yaml")).loss
     voxels = np.array([20 * 22 * 12 - 144 - 96, 144, 96])  # of every scan
     assert found[0].args["class_weights"] == pytest.approx(voxels.sum() / (3 * voxels), rel=1e-5)
+    assert "class_weights: balanced means background 0.349, bright 12.2, dark 18.3\n" in capsys.readouterr().err
+    (line,) = Path(result["run_dir"], "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 2  # the last iteration, however short the training
     assert train(home / "tiny.yaml", overrides=overrides, output=home / "run", resume=True)["iterations"] == 2
-    with pytest.raises(MedsegError, match="class_weights is 'balance'; it must be a list of numbers"):
+    with pytest.raises(MedsegError, match="is 'balance'; it must be a list of numbers or balanced or null"):
         train(home / "tiny.yaml", overrides=[f"loss={terms.replace('balanced', 'balance')}"])

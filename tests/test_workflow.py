@@ -58,7 +58,7 @@ def test_the_resolved_yaml_loads_to_the_same_workflow(tmp_path):
             "lr: '1e-4'",
             "w.yaml:11:28 train.optimizer.lr: must be a valid number, found '1e-4'; write the number",
         ),
-        ("[32, 32, 32]", "32", "w.yaml:10:3 train.patch_size: must be a valid array, found 32"),
+        ("[32, 32, 32]", "32", "w.yaml:10:3 train.patch_size: must be a list, found 32"),
         ("name: liver", "name: liver\nname: spleen", 'w.yaml:2:1: found duplicate key "name"'),
         (
             "name: adamw",
@@ -75,6 +75,37 @@ def test_the_resolved_yaml_loads_to_the_same_workflow(tmp_path):
 def test_a_fault_names_line_column_and_remedy(tmp_path, before, after, expected):
     assert before in GOOD
     assert expected in refusal(tmp_path, GOOD.replace(before, after))
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("dice", "w.yaml:6:1 loss: must be a list, found 'dice'; write loss: [dice]"),
+        ("[]", "w.yaml:6:1 loss: must have at least 1 value, found []; write loss: [dice]"),
+        ("[{name: dice, weight: -1}]", "loss[0].weight: must be greater than or equal to 0, found -1"),
+        ("[{name: dice, weight: {from: -1, over: 3}}]", "loss[0].weight.from: must be greater than or equal to 0"),
+        (
+            "[{name: dice, weight: 0}, {name: focal, weight: {from: 0, to: 0, over: 3}}]",
+            "w.yaml:6:1 loss: all weights are 0, so nothing would be learned; give one of them more",
+        ),
+        (
+            "[{name: cross_entropy, class_weights: balanced}]",
+            "w.yaml:6:30 loss[0].class_weights: not a field (these are name, args, weight); if it is an argument, "
+            "write args: {class_weights: …}",
+        ),
+        ("[{name: dice, wieght: 2}]", "loss[0].wieght: not a field; did you mean 'weight'?"),
+    ],
+)
+def test_a_fault_of_the_losses_is_one_line_with_its_remedy(tmp_path, loss, expected):
+    before, after = GOOD[: GOOD.index("loss:")], GOOD[GOOD.index("train:") :]
+    told = refusal(tmp_path, f"{before}loss: {loss}\n{after}")
+    assert expected in told and "\n" not in told
+
+
+def test_an_argument_beside_a_networks_name_is_told_where_it_belongs(tmp_path):
+    text = GOOD.replace("args: {channels: [8, 16]}", "channels: [8, 16]")
+    assert "network.channels: not a field" in (told := refusal(tmp_path, text))
+    assert told.endswith("write args: {channels: …}")
 
 
 def test_all_faults_are_reported_at_once_in_the_order_of_the_file(tmp_path):

@@ -36,6 +36,13 @@ def balanced_weights(cases: Iterable[CachedCase], labels: Labels) -> tuple[float
     return tuple(float(f"{sum(totals) / (present * total):.6g}") if total else 0.0 for total in totals)
 
 
+def weights_told(weights: Sequence[float], labels: Labels) -> str:
+    """A line that names each output's weight."""
+    names = tuple(labels.regions) or tuple(labels.names[value] for value in sorted(labels.names))
+    listed = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True))
+    return f"class_weights: balanced means {listed}"
+
+
 def with_class_weights(workflow: Workflow, weights: Sequence[float]) -> Workflow:
     """The workflow with numbers where a loss says ``class_weights: balanced``."""
     terms = tuple(

@@ -16,6 +16,9 @@ from medseg.build.data import TrainingData
 from medseg.data.manifest import Manifest
 from medseg.workflow import Workflow
 
+CODE = Path(__file__).parents[2]
+"""Where the package lies; a git clone, unless it was installed."""
+
 MANIFEST_TAG = "medseg.manifest_sha256"
 
 
@@ -37,7 +40,8 @@ def workflow_tags(plan: Workflow) -> dict[str, str]:
         "medseg.network": plan.network.name,
         "medseg.loss": "+".join(term.name for term in plan.loss),
         "medseg.spatial_dims": str(len(plan.train.patch_size)),
-        "medseg.git_commit": _git_commit(plan.file.parent),
+        "medseg.git_commit": _git_commit(CODE) if (CODE / ".git").exists() else "unknown",  # installed: see the version
+        "workflow.git_commit": _git_commit(plan.file.parent),
         "medseg.version": __version__,
         "medseg.versions": f"medseg {__version__}, torch {torch.__version__}, monai {monai.__version__}",
         "medseg.hardware": torch.cuda.get_device_name()

@@ -171,3 +171,13 @@ def dice_result(scores: Sequence[Score], organs: Sequence[str]) -> dict[str, Any
     dice = {organ: metrics["dice"]["mean"] for organ, metrics in summarize(scores).items() if "dice" in metrics}
     known = [dice[organ] for organ in organs if not math.isnan(dice[organ])]
     return {"mean_dice": float(np.mean(known)) if known else math.nan, "dice": dice}
+
+
+def metric_means(scores: Sequence[Score]) -> dict[str, float]:
+    """Every metric's mean over the cases, by ``metric/organ``; the distances are those of organs that were found."""
+    known: dict[str, list[float]] = {}
+    for score in scores:
+        for metric, value in score.values.items():
+            if not math.isnan(value):
+                known.setdefault(f"{metric}/{score.organ}", []).append(value)
+    return {name: float(np.mean(values)) for name, values in known.items()}

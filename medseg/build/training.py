@@ -16,8 +16,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from medseg.build.balance import balanced_weights, with_class_weights
+from medseg.build.balance import with_class_weights
 from medseg.build.data import TrainingData
+from medseg.build.loss import check_loss, loss
 from medseg.build.memory import check_step_fits
 from medseg.build.model import Hardware, find_model, network, specification
 from medseg.build.scoring import check_metrics
@@ -32,12 +33,10 @@ from medseg.inference.sliding_window import label_map, slabs
 from medseg.inference.tta import LEFT_RIGHT_AXIS, mirrored_channels
 from medseg.inference.windows import Windows
 from medseg.labels import Labels
-from medseg.losses import LOSSES, Compound, DeepSupervision, Ramp
 from medseg.model import ModelSpec, load_model
 from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
 from medseg.nets.weights import encoder_of, load_encoder_weights
-from medseg.registry import check_arguments
 from medseg.reporting.overlay import contour_picture
 from medseg.tracking.mlflow_tracker import MlflowTracker
 from medseg.tracking.tensorboard import EventFiles, MlflowAndTensorBoard
@@ -48,7 +47,6 @@ from medseg.training.signals import leave_to_parent
 from medseg.training.state import Batch, Observer, Settings, Target, Tracker
 from medseg.training.trainer import Trainer
 from medseg.training.validator import Validator
-from medseg.workflow import Ramp as RampChoice
 from medseg.workflow import Workflow
 
 
@@ -69,7 +67,7 @@ def check_parts(workflow: Workflow, source: Manifest, hardware: Hardware | None 
     _published_weights(workflow, net)
     check_step_fits(workflow, net, len(source.channels), hardware or Hardware())
     any_weights = (1.0,) * source.labels.num_outputs
-    _try_loss(workflow, source.labels, loss(with_class_weights(workflow, any_weights), net))
+    check_loss(with_class_weights(workflow, any_weights), source.labels)
     _augmentation(workflow, source.labels, spec)
     with workflow.blamed("validate", "metrics"):
         check_metrics(workflow.validate_.metrics)
@@ -100,7 +98,7 @@ def trainer(
     observer: Observer,
     hardware: Hardware,
 ) -> Trainer:
-    """Everything that trains, ready to `fit`; nothing is written yet."""
+    """Everything that trains, ready to `fit`; nothing is written yet. Class weights must be numbers, see `balance`."""
     options = workflow.train
     spec = specification(workflow, data.manifest, data.preprocessing)
     net = _network(workflow, spec)
@@ -121,7 +119,7 @@ def trainer(
     return Trainer(
         fabric,
         net,
-        loss=loss(balanced(workflow, data), net),
+        loss=loss(workflow, _unwrapped(net).extra_weights),
         optimizer=optimizer,
         rate=_rate(workflow),
         batches=_batches(workflow, data, spec, fabric),
@@ -161,34 +159,6 @@ def _network(workflow: Workflow, spec: ModelSpec) -> nn.Module:
     with workflow.blamed("train", "patch_size"):
         _unwrapped(net).check_size(options.patch_size)
     return net
-
-
-def loss(workflow: Workflow, net: nn.Module) -> nn.Module:
-    """The weighted sum of the workflow's losses, at every output under deep supervision."""
-    terms, weights = [], []
-    for n, term in enumerate(workflow.loss):
-        with workflow.blamed("loss", n):
-            kind = LOSSES[term.name]
-            check_arguments(f"loss {term.name!r}", kind, term.args)
-            try:
-                terms.append(kind(**term.args))
-            except (TypeError, ValueError) as error:
-                raise WorkflowError("E-ARGUMENT", f"loss {term.name!r}: {error}") from None
-        weight = term.weight
-        weights.append(Ramp(weight.start, weight.end, weight.over) if isinstance(weight, RampChoice) else weight)
-    summed = Compound(terms, weights)
-    if _unwrapped(net).extra_weights:  # of deep supervision, or of auxiliary heads that the network always has
-        return DeepSupervision(summed, _unwrapped(net).extra_weights)
-    return summed
-
-
-def _try_loss(workflow: Workflow, labels: Labels, made: nn.Module) -> None:
-    target, mask = labels.target(torch.zeros((1, 1, 2, 2, 2), dtype=torch.uint8))
-    with workflow.blamed("loss"):
-        try:
-            made(torch.zeros((1, labels.num_outputs, 2, 2, 2)), target, mask)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise WorkflowError("E-ARGUMENT", f"cannot be computed for {labels.num_outputs} outputs: {error}") from None
 
 
 def validator(workflow: Workflow, data: TrainingData, spec: ModelSpec, hardware: Hardware) -> Validator:
@@ -235,11 +205,6 @@ def tracker(
         tags=tags,
         parent_run_id=parent_run_id,
     )
-
-
-def balanced(workflow: Workflow, data: TrainingData) -> Workflow:
-    """The workflow with numbers for what its training cases decide about the loss."""
-    return with_class_weights(workflow, balanced_weights(data.training, data.labels))
 
 
 def listener(workflow: Workflow, folder: Path, mlflow: MlflowTracker) -> Tracker:

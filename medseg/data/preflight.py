@@ -53,7 +53,7 @@ def read_nifti_header(path: Path, *, assume_spacing_mm: Sequence[float] | None =
     Raises:
         DataError: See the table above; also `GeometryError`.
     """
-    with open_checked(path) as file, _decompressed(file, path) as stream:
+    with open_checked(path) as file, _decompressed(file) as stream:
         return parse_nifti(_read_head(stream, path), path, assume_spacing_mm)
 
 
@@ -72,7 +72,7 @@ def read_nifti(
     Raises:
         DataError: See the table above; also `GeometryError`.
     """
-    with open_checked(path) as file, _decompressed(file, path) as stream:
+    with open_checked(path) as file, _decompressed(file) as stream:
         head = _read_head(stream, path)
         header = parse_nifti(head, path, assume_spacing_mm)
         promised, stored = header.offset + header.num_bytes, path.stat().st_size
@@ -100,13 +100,10 @@ def open_checked(path: Path) -> BufferedIOBase:
         raise DataError("E-FILE", f"cannot be read: {error.strerror}; check path and rights", where=str(path)) from None
 
 
-def _decompressed(file: BufferedIOBase, path: Path) -> BufferedIOBase:
+def _decompressed(file: BufferedIOBase) -> BufferedIOBase:
     """The stream behind a file, by its first bytes: names lie."""
     compressed = file.read(2) == _GZIP_MAGIC
     file.seek(0)
-    if compressed != (path.suffix.lower() == ".gz"):
-        state = "compressed" if compressed else "not compressed"
-        log.warning("W-NIFTI-SUFFIX %s: %s, contrary to its name; read as it is", path, state)
     return igzip.IGzipFile(fileobj=file) if compressed else file
 
 
@@ -124,6 +121,10 @@ def _read_head(stream: BufferedIOBase, path: Path) -> bytes:
         )
     rest = np.empty(size - 4, np.uint8)
     _fill(stream, rest, path, promised=size + 4)
+    compressed = isinstance(stream, igzip.IGzipFile)
+    if compressed != (path.suffix.lower() == ".gz"):  # told of what is NIfTI alone
+        state = "compressed" if compressed else "not compressed"
+        log.warning("W-NIFTI-SUFFIX %s: %s, contrary to its name; read as it is", path, state)
     return start.tobytes() + rest.tobytes()
 
 

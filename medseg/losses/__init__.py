@@ -13,6 +13,7 @@ from medseg.losses.skeleton import ClDice
 from medseg.registry import Registry
 
 __all__ = [
+    "BESIDE_OVERLAP",
     "LOSSES",
     "BinaryCrossEntropy",
     "Boundary",
@@ -49,3 +50,6 @@ LOSSES: Registry[type[nn.Module]] = Registry(
     },
 )
 """Each class also says its `title`, its `paper` and what it is `good_for`."""
+
+BESIDE_OVERLAP = frozenset({"boundary", "hausdorff", "cldice"})
+"""Those that their papers add to a loss of overlap."""

@@ -1,7 +1,8 @@
 """Losses of distances: how far from an organ's border its voxels are mistaken.
 
 The distance maps are made on the fly, on the CPU, and are constants to the gradient. Losses see plain tensors, so that
-distances are in voxels of the network's grid (under deep supervision of each output's grid) unless a spacing is given.
+distances are in voxels of the network's grid (under deep supervision of each output's grid) unless a spacing is given;
+that is the finest output's, and the coarser ones' follow from it.
 """
 
 from __future__ import annotations
@@ -46,21 +47,25 @@ class Boundary(nn.Module):
         self.include_background = include_background
         self.spacing_mm = _checked_spacing(spacing_mm)
 
-    def forward(self, logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, logits: Tensor, target: Tensor, mask: Tensor | None = None, stride: Sequence[float] | None = None
+    ) -> Tensor:
         """The loss, a float32 scalar, negative at best; 0 if no voxel counts.
 
         Args:
             logits: (B, R, I, J[, K]).
             target: Class indices (B, I, J[, K]), or for regions floats (B, R, I, J[, K]).
             mask: Boolean (B, 1, I, J[, K]), the voxels that count; None: all.
+            stride: How many times `spacing_mm` these voxels measure along I, J[, K]; None: once.
 
         Raises:
             ValueError: If the spacing has not one entry for each axis.
         """
+        spacing_mm = _strided(self.spacing_mm, stride)
         probs, reference = compared(logits, target, mask, include_background=self.include_background)
         inside = reference > 0
-        distance = squared_distances(inside, mask, self.spacing_mm).to(probs).sqrt()
-        outermost = min(self.spacing_mm or (1.0,))
+        distance = squared_distances(inside, mask, spacing_mm).to(probs).sqrt()
+        outermost = min(spacing_mm or (1.0,))
         signed = distance.where(~inside, (outermost - distance).clamp(max=0))
         return _mean_of_counted(probs * signed, mask)
 
@@ -95,10 +100,13 @@ class Hausdorff(nn.Module):
         self.include_background = include_background
         self.spacing_mm = _checked_spacing(spacing_mm)
 
-    def forward(self, logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, logits: Tensor, target: Tensor, mask: Tensor | None = None, stride: Sequence[float] | None = None
+    ) -> Tensor:
         """The loss, a float32 scalar; 0 if no voxel counts. Arguments and errors as `Boundary.forward`."""
+        spacing_mm = _strided(self.spacing_mm, stride)
         probs, reference = compared(logits, target, mask, include_background=self.include_background)
-        squared = [squared_distances(part > 0.5, mask, self.spacing_mm).to(probs) for part in (probs, reference)]
+        squared = [squared_distances(part > 0.5, mask, spacing_mm).to(probs) for part in (probs, reference)]
         far = sum((part ** (self.alpha / 2) for part in squared), start=torch.zeros_like(probs))
         return _mean_of_counted((probs - reference).square() * far, mask)
 
@@ -139,6 +147,12 @@ def _to_the_other_kind(
         return edt.edtsq(inside + np.uint8(1), **options)  # two labels: to the nearest voxel of the other
     to_outside, to_inside = (edt.edtsq(~(kind & counted), **options) for kind in (~inside, inside))
     return np.where(inside, to_outside, to_inside)
+
+
+def _strided(spacing_mm: Sequence[float] | None, stride: Sequence[float] | None) -> Sequence[float] | None:
+    if spacing_mm is None or stride is None:
+        return spacing_mm
+    return tuple(mm * times for mm, times in zip(spacing_mm, stride, strict=True))
 
 
 def _mean_of_counted(values: Tensor, mask: Tensor | None) -> Tensor:

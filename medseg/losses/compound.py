@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from medseg.losses.boundary import Boundary, Hausdorff
 from medseg.losses.probabilities import at_least_float32
+
+Stride = Sequence[float] | None
+"""How many times as large as the target's the voxels of an output are, along I, J[, K]."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,11 @@ class Compound(nn.Module):
         """Tell which training step comes; all that the loss remembers, so a resumed run only has to say it again."""
         self.step = step
 
-    def forward(self, logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, mask: Tensor | None = None, stride: Stride = None) -> Tensor:
         """The sum, a float32 scalar; arguments as those of the losses."""
         logits = at_least_float32(logits)  # once, where under autocast each loss would make its own copy
         weights = [weight.at(self.step) if isinstance(weight, Ramp) else weight for weight in self.weights]
-        terms = [w * loss(logits, target, mask) for w, loss in zip(weights, self.losses, strict=True) if w != 0]
+        terms = [w * _at(loss, stride)(logits, target, mask) for w, loss in zip(weights, self.losses, strict=True) if w]
         return sum(terms, start=torch.zeros((), device=logits.device)) if terms else 0 * logits.sum()
 
 
@@ -99,9 +104,15 @@ class DeepSupervision(nn.Module):
         total = self.loss(outputs[0], target, mask)
         for weight, logits in zip(self.extra_weights, outputs[1:], strict=True):
             size = logits.shape[2:]
+            stride = [fine / coarse for fine, coarse in zip(target.shape[-len(size) :], size, strict=True)]
             coarse_mask = None if mask is None else at_size(mask, size)
-            total = total + weight * self.loss(logits, at_size(target, size), coarse_mask)
+            total = total + weight * _at(self.loss, stride)(logits, at_size(target, size), coarse_mask)
         return total / (1 + sum(self.extra_weights))
+
+
+def _at(loss: nn.Module, stride: Stride) -> Callable[..., Tensor]:
+    """The loss on coarser voxels: what measures distances is told how much coarser."""
+    return partial(loss, stride=stride) if isinstance(loss, Compound | Boundary | Hausdorff) else loss
 
 
 def at_size(target: Tensor, size: Sequence[int]) -> Tensor:

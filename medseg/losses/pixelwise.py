@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from medseg.losses.probabilities import at_least_float32, is_regions, one_hot
 
 IGNORED = -100
 """Class index of voxels that do not count."""
+
+ClassWeights = Sequence[float] | Literal["balanced"] | None
+"""The word is a workflow's; it becomes numbers before the loss is made."""
 
 
 class CrossEntropy(nn.Module):
@@ -29,7 +32,7 @@ class CrossEntropy(nn.Module):
     paper: ClassVar[str] = "smoothing: Szegedy et al. 2016, arXiv:1512.00567"
     good_for: ClassVar[str] = "smooth gradients from the first step on; together with dice the usual choice"
 
-    def __init__(self, *, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0) -> None:
+    def __init__(self, *, class_weights: ClassWeights = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.class_weights = _checked_weights(class_weights)
         self.label_smoothing = _checked_smoothing(label_smoothing)
@@ -65,7 +68,7 @@ class BinaryCrossEntropy(nn.Module):
     paper: ClassVar[str] = "smoothing: Szegedy et al. 2016, arXiv:1512.00567"
     good_for: ClassVar[str] = "regions that overlap; classes that should not compete"
 
-    def __init__(self, *, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0) -> None:
+    def __init__(self, *, class_weights: ClassWeights = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.class_weights = _checked_weights(class_weights)
         self.label_smoothing = _checked_smoothing(label_smoothing)
@@ -125,9 +128,7 @@ class Focal(nn.Module):
     paper: ClassVar[str] = "Lin et al. 2017, arXiv:1708.02002"
     good_for: ClassVar[str] = "small organs or lesions in large images, where sure background drowns the rest"
 
-    def __init__(
-        self, *, gamma: float = 2.0, alpha: float | None = None, class_weights: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, *, gamma: float = 2.0, alpha: float | None = None, class_weights: ClassWeights = None) -> None:
         super().__init__()
         if gamma < 0:
             raise ValueError(f"gamma is {gamma}; it must not be negative")
@@ -156,7 +157,7 @@ class Focal(nn.Module):
         return _mean((losses * counted).sum(), counted.sum())
 
 
-def _checked_weights(class_weights: Sequence[float] | None) -> tuple[float, ...] | None:
+def _checked_weights(class_weights: ClassWeights) -> tuple[float, ...] | None:
     if class_weights is None:
         return None
     if isinstance(class_weights, str):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal
 
 from medseg.errors import WorkflowError
@@ -88,14 +88,23 @@ def _with_parameter(metric: Metric, name: str, number: str) -> Metric:
 
 
 def _of_counts(score: Callable[[Counts], float]) -> Callable[[OrganEvidence], float]:
-    return lambda organ: score(organ.counts)
+    @wraps(score)  # with its docstring, for `medseg metrics`
+    def of_organ(organ: OrganEvidence) -> float:
+        return score(organ.counts)
+
+    return of_organ
 
 
 def _of_classes(score: Callable[[IntArray], float]) -> Callable[[CaseEvidence], float]:
-    return lambda case: score(case.confusion.classes())
+    @wraps(score)
+    def of_case(case: CaseEvidence) -> float:
+        return score(case.confusion.classes())
+
+    return of_case
 
 
 def _of_lesions(score: Callable[..., float]) -> Callable[..., float]:
+    @wraps(score)
     def of_organ(organ: OrganEvidence, **parameters: Any) -> float:
         return score(organ.lesions, **parameters)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medseg.errors import GeometryError
 from medseg.metrics.evidence import OrganEvidence
-from medseg.metrics.surface import bounding_boxes
+from medseg.metrics.surface import common_box
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating]
@@ -103,42 +103,12 @@ def expected_calibration_error(
     return reliability(probability, reference, counted=counted, num_bins=num_bins).error
 
 
-def top_label_calibration_error(
-    probabilities: FloatArray,
-    reference: npt.NDArray[np.integer],
-    *,
-    counted: BoolArray | None = None,
-    num_bins: int = NUM_BINS,
-) -> float:
-    """Expected calibration error of the most probable class: whether it is right as often as it claims.
-
-    Args:
-        probabilities: Of each class, summing to 1, (C, I, J[, K]).
-        reference: Class of each voxel, (I, J[, K]).
-        counted: Which voxels count, (I, J[, K]); None: all.
-        num_bins: Bins of equal width.
-
-    Returns:
-        Error in [0, 1], 0 being best; NaN if no voxel counts.
-
-    Raises:
-        GeometryError: If the shapes differ.
-
-    Reference:
-        Guo et al. 2017, arXiv:1706.04599.
-    """
-    _check_shapes(probabilities.shape[1:], reference)
-    is_right = probabilities.argmax(axis=0) == reference
-    return reliability(probabilities.max(axis=0), is_right, counted=counted, num_bins=num_bins).error
-
-
 def organ_calibration_error(organ: OrganEvidence) -> float:
     """`expected_calibration_error` on the organ's box; NaN if it is in neither mask or has no probabilities."""
     if organ.is_in_neither or organ.probability is None:
         return math.nan
     reference, prediction = organ.masks
-    pair = reference.view(np.uint8), prediction.view(np.uint8)
-    (box,) = bounding_boxes(*pair, {"": (1,)}).values()  # what is predicted in voxels that do not count has no say
+    box = common_box(reference, prediction)  # what is predicted in voxels that do not count has no say
     return expected_calibration_error(organ.probability[box], reference[box], counted=organ.counted[box])
 
 

@@ -36,6 +36,16 @@ def chosen_metrics(names: Sequence[str]) -> list[str]:
     return chosen
 
 
+def groups_text() -> str:
+    """A line for each group."""
+    return "\n".join(f"{group}: {', '.join(members)}" for group, members in METRIC_GROUPS.items() if group != "all")
+
+
+def groups_of(name: str) -> list[str]:
+    """The groups that a metric belongs to."""
+    return [group for group, members in METRIC_GROUPS.items() if name in members]
+
+
 def asks_for_lesions(names: Sequence[str]) -> bool:
     """Whether any of these metrics looks at lesions one by one."""
     return any(name.startswith("lesion") for name in names)

@@ -77,15 +77,27 @@ class Lesions:
     overlaps: IntArray
 
     def sensitivity(self, min_iou: float = 0.0) -> float:
-        """Share of the reference's lesions that were found; NaN if there are none."""
+        """Share of the reference's lesions that were found; NaN if there are none.
+
+        Args:
+            min_iou: IoU above which two lesions match.
+        """
         return _share(self._matched(min_iou)[0])
 
     def precision(self, min_iou: float = 0.0) -> float:
-        """Share of the predicted lesions that match one of the reference; NaN if none was predicted."""
+        """Share of the predicted lesions that match one of the reference; NaN if none was predicted.
+
+        Args:
+            min_iou: IoU above which two lesions match.
+        """
         return _share(self._matched(min_iou)[1])
 
     def f1(self, min_iou: float = 0.0) -> float:
-        """Harmonic mean of sensitivity and precision; NaN if neither mask has a lesion, 0 if only one does."""
+        """Harmonic mean of sensitivity and precision; NaN if neither mask has a lesion, 0 if only one does.
+
+        Args:
+            min_iou: IoU above which two lesions match.
+        """
         found, right = self._matched(min_iou)
         if not len(found) or not len(right):
             return 0.0 if len(found) or len(right) else math.nan

@@ -57,8 +57,7 @@ def surface_distances(reference: BoolArray, prediction: BoolArray, spacing_mm: S
             f"spacing {tuple(spacing_mm)} mm of masks of {reference.shape} voxels; expected 2 or 3 axes, "
             "each with a size above 0; pass one image without channels, and its spacing",
         )
-    pair = reference.view(np.uint8), prediction.view(np.uint8)
-    (box,) = bounding_boxes(*pair, {"": (1,)}).values()
+    box = common_box(reference, prediction)
     spacing = tuple(float(mm) for mm in spacing_mm)
     if first_axis_is_fastest(reference, prediction):  # no distance depends on the order of the axes
         return SurfaceDistances(reference[box].T, prediction[box].T, spacing[::-1])
@@ -172,9 +171,13 @@ class SurfaceDistances:
         return np.concatenate(areas), np.concatenate(distances)
 
 
-def bounding_boxes(
-    reference: LabelMap, prediction: LabelMap, organs: Mapping[str, Sequence[int]]
-) -> dict[str, tuple[slice, ...]]:
+def common_box(reference: BoolArray, prediction: BoolArray) -> Box:
+    """The box of `bounding_boxes` that holds both of two masks."""
+    (box,) = bounding_boxes(reference.view(np.uint8), prediction.view(np.uint8), {"": (1,)}).values()
+    return box
+
+
+def bounding_boxes(reference: LabelMap, prediction: LabelMap, organs: Mapping[str, Sequence[int]]) -> dict[str, Box]:
     """Where each organ lies in either of two label maps, found in one pass for all organs.
 
     Args:

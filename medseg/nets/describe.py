@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +10,11 @@ from torch import Tensor, nn
 
 from medseg.nets import NETS, NetworkEntry
 from medseg.nets.network import SegmentationNetwork
+from medseg.parts import described, documented
 
 IMAGE_CHANNELS, CLASSES = 1, 2
 """What parameters are counted for; a network's own share hardly depends on them."""
 
-_GIVEN = ("spatial_dims", "in_channels", "out_channels")
 _DEPTH = 2
 
 
@@ -35,9 +33,7 @@ def describe(name: str, *, spatial_dims: int | None = None) -> dict[str, Any]:
     dims = [n for n in entry.spatial_dims if spatial_dims in (None, n)]
     made = {f"{n}d": imagined(entry, n) for n in dims}
     return {
-        "title": entry.title,
-        "paper": entry.paper,
-        "good_for": entry.good_for,
+        **described(entry),
         "parameters": {key: number_of_parameters(net) for key, net in made.items()},
         "min_size": {key: list(net.min_size) for key, net in made.items()},
     }
@@ -47,21 +43,13 @@ def explain(name: str, *, spatial_dims: int | None = None) -> dict[str, Any]:
     """A network at length: `describe`, and its docstring, arguments and structure.
 
     Returns:
-        Also ``about`` (the docstring without its tables), ``arguments`` (name, default and meaning of each) and
-        ``structure`` (a line a part: where it stands, its kind, parameters, and the shape it gives).
+        Also ``about`` and ``arguments`` as in `documented`, and ``structure`` (a line a part: where it stands, its kind, parameters, and the shape it gives).
     """
     entry = NETS[name]
     dims = spatial_dims or max(entry.spatial_dims)
-    about, meanings = _documented(entry)
-    arguments = [
-        {"name": key, "default": parameter.default, "meaning": meanings.get(key, "")}
-        for key, parameter in inspect.signature(entry.network).parameters.items()
-        if key not in _GIVEN
-    ]
     return {
         **describe(name, spatial_dims=spatial_dims),
-        "about": about,
-        "arguments": arguments,
+        **documented(entry.network),
         "structure": structure(imagined(entry, dims)),
     }
 
@@ -111,11 +99,3 @@ def structure(net: SegmentationNetwork) -> list[dict[str, Any]]:
         }
         for name, shape in shapes.items()
     ]
-
-
-def _documented(entry: NetworkEntry) -> tuple[str, dict[str, str]]:
-    """The text of a docstring before its Args, and what it says of each argument."""
-    text, _, rest = inspect.cleandoc(entry.network.__doc__ or "").partition("\nArgs:\n")
-    listed = re.split(r"\n(?=\S)", rest, maxsplit=1)[0]
-    meanings = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", listed, flags=re.MULTILINE)
-    return text.strip(), {name: " ".join(meaning.split()) for name, meaning in meanings}

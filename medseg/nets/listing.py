@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Column, Table
-from rich.text import Text
+
+from medseg.parts import arguments_table, page_head
 
 Result = Mapping[str, Any]
 
@@ -43,9 +42,6 @@ def nets_table(result: Mapping[str, Result]) -> Table:
 
 def net_page(result: Result) -> RenderableType:
     """What `explain` says of one network."""
-    arguments = Table("argument", "default", Column("", overflow="fold"), box=None, pad_edge=False)
-    for argument in result["arguments"]:
-        arguments.add_row(argument["name"], _default(argument["default"]), _flowing(argument["meaning"]))
     parts = Table(
         "part", "kind", Column("parameters", justify="right"), Column("gives", no_wrap=True), box=None, pad_edge=False
     )
@@ -54,18 +50,12 @@ def net_page(result: Result) -> RenderableType:
     counted = ", ".join(f"{number:,} in {key.upper()}" for key, number in result["parameters"].items())
     least = ", ".join(f"{_times(size)} in {key.upper()}" for key, size in result["min_size"].items())
     return Group(
-        Text(f"{result['title']}: {result['paper']}", style="bold"),
-        Padding(_flowing(result["about"]), (1, 0)),
+        *page_head(result),
         f"parameters   {counted} (one channel in, two classes out)",
         f"least input  {least}",
-        Padding(arguments, (1, 0)),
+        *arguments_table(result),
         parts,
     )
-
-
-def _flowing(text: str) -> str:
-    """A docstring's paragraphs without the ends of its lines and the marks of its markup."""
-    return "\n\n".join(" ".join(part.split()) for part in text.replace("`", "").split("\n\n"))
 
 
 def millions(number: int) -> str:
@@ -75,7 +65,3 @@ def millions(number: int) -> str:
 
 def _times(size: Sequence[int]) -> str:
     return " × ".join(map(str, size))
-
-
-def _default(value: Any) -> str:
-    return json.dumps(value, default=str)  # as a workflow has it

@@ -12,8 +12,6 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-LOSS_MEMORY = 0.95
-
 
 class LiveDisplay:
     """A bar and a table that stay in place on a terminal; a line a validation elsewhere.
@@ -55,7 +53,7 @@ class LiveDisplay:
             self._live.stop()
 
     def on_step(self, step: int, loss: float) -> None:
-        self.loss = loss if math.isnan(self.loss) else LOSS_MEMORY * self.loss + (1 - LOSS_MEMORY) * loss
+        self.loss = loss
         self._bar.update(self._task, completed=step, loss=f"{self.loss:.3f}")
 
     def on_validation(self, step: int, dice: Mapping[str, float], mean: float, best: float) -> None:

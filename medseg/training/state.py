@@ -44,7 +44,7 @@ class Tracker(Protocol):
 
 
 class Observer(Protocol):
-    """Who watches; see `medseg.training.live`."""
+    """Who watches; see `medseg.training.live`. The loss of a step is the mean that was logged last."""
 
     def on_step(self, step: int, loss: float) -> None: ...
     def on_validation(self, step: int, dice: Mapping[str, float], mean: float, best: float) -> None: ...

@@ -77,6 +77,7 @@ class Trainer:
         self.progress = Progress()
         self.seconds_waiting = 0.0
         self.seconds_training = 0.0
+        self._logged: float | None = None
         self._stop: signal.Signals | None = None
 
     @property
@@ -230,15 +231,14 @@ class Trainer:
         progress = self.progress
         progress.loss_sum += loss
         progress.loss_count += 1
-        if progress.step % LOG_EVERY == 0:
-            values = {
-                "train/loss": progress.loss_sum / progress.loss_count,
-                "train/lr": self.optimizer.param_groups[0]["lr"],
-            }
+        mean = progress.loss_sum / progress.loss_count
+        if progress.step % LOG_EVERY == 0 or progress.step == self.settings.iterations:
+            values = {"train/loss": mean, "train/lr": self.optimizer.param_groups[0]["lr"]}
             progress.loss_sum, progress.loss_count = 0.0, 0
             self.tracker.log_metrics(values, progress.step)
             self.folder.log(progress.step, values)
-        self.observer.on_step(progress.step, loss)
+            self._logged = mean
+        self.observer.on_step(progress.step, mean if self._logged is None else self._logged)
 
     def _finished(self) -> bool:
         progress, patience = self.progress, self.settings.early_stop

@@ -123,11 +123,12 @@ def test_a_compressed_file_called_nii_is_read_with_a_warning(tmp_path: Path, cap
     assert "W-NIFTI-SUFFIX" in caplog.text
 
 
-def test_a_web_page_is_refused_and_shown(tmp_path: Path) -> None:
+def test_a_web_page_is_refused_and_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for content in (b"<!DOCTYPE html><html>Please log in</html>", gzip.compress(b"<!DOCTYPE html><html></html>")):
         error = refusal(write(tmp_path, content))
         assert error.error_id == "E-NIFTI-MAGIC"
         assert "<!DOCTYPE html>" in error.message
+    assert not caplog.messages  # that it is not compressed, contrary to its name, would be no comfort
 
 
 def test_an_analyze_file_is_refused_for_it_knows_no_orientation(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from monai.losses import BoundaryLoss, HausdorffDTLoss
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from medseg.losses import Boundary, Hausdorff
+from medseg.losses import Boundary, Compound, DeepSupervision, Hausdorff
 from medseg.losses.boundary import squared_distances
+from medseg.losses.compound import at_size
 
 kinds = pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
 sizes = pytest.mark.parametrize("size", [(7, 6), (4, 5, 6)], ids=["2d", "3d"])
@@ -138,6 +139,23 @@ def test_a_spacing_scales_the_distances() -> None:
     assert Boundary(spacing_mm=(2, 2, 2))(logits, target).item() == pytest.approx(2 * Boundary()(logits, target).item())
     doubled, plain = Hausdorff(spacing_mm=(2, 2, 2))(logits, target), Hausdorff()(logits, target)
     assert doubled.item() == pytest.approx(4 * plain.item())
+
+
+@pytest.mark.parametrize("loss", [Boundary(spacing_mm=(1, 1, 1)), Hausdorff(alpha=1, spacing_mm=(1, 1, 1))])
+def test_under_deep_supervision_the_same_cube_has_about_the_same_mm_on_every_grid(
+    loss: Boundary | Hausdorff,
+) -> None:
+    cube = torch.zeros(1, 1, 32, 32, 32)
+    cube[..., 8:24, 8:24, 8:24] = 1
+    outputs = [torch.zeros(1, 1, n, n, n) for n in (32, 16, 8)]
+    found = []
+    for times, logits in zip((1, 2, 4), outputs, strict=True):
+        kind = type(loss)(**({"alpha": 1} if isinstance(loss, Hausdorff) else {}), spacing_mm=(times,) * 3)
+        found.append(kind(logits, at_size(cube, logits.shape[2:])).item())
+    assert found == pytest.approx([found[0]] * 3, rel=0.35)  # centers of coarser voxels lie farther from the border
+    together = DeepSupervision(Compound([loss], [2.0]), (0.5, 0.25))(outputs, cube)
+    assert together.item() == pytest.approx(2 * np.average(found, weights=(1, 0.5, 0.25)))
+    assert DeepSupervision(loss, (0.5, 0.25))(outputs, cube).item() == pytest.approx(together.item() / 2)
 
 
 def test_arguments_without_meaning_are_refused() -> None:

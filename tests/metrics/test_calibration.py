@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medseg.errors import GeometryError
-from medseg.metrics.calibration import expected_calibration_error, reliability, top_label_calibration_error
+from medseg.metrics.calibration import expected_calibration_error, reliability
 
 
 def error_by_brute_force(probability, reference, num_bins):
@@ -61,18 +61,7 @@ def test_bins_of_two_cases_add_up_to_those_of_both():
     assert both.num_voxels.sum() == 1000 and both.num_positive.sum() == reference.sum()
 
 
-def test_the_top_label_is_right_as_often_as_it_claims():
-    generator = np.random.default_rng(2)
-    logits = generator.normal(size=(3, 40, 30))
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=0)
-    reference = generator.integers(0, 3, (40, 30))
-    expected = error_by_brute_force(probabilities.max(axis=0), probabilities.argmax(axis=0) == reference, 15)
-    assert top_label_calibration_error(probabilities, reference) == pytest.approx(expected)
-
-
 def test_probabilities_of_another_grid_are_refused():
     with pytest.raises(GeometryError) as caught:
         expected_calibration_error(np.zeros((2, 3)), np.zeros((3, 2), dtype=bool))
     assert caught.value.error_id == "E-PAIR-SHAPE"
-    with pytest.raises(GeometryError):
-        top_label_calibration_error(np.zeros((2, 4, 3)), np.zeros((3, 4), dtype=np.uint8))
