@@ -250,12 +250,20 @@ class _Segmenter:
         return self.predictor.prepare(job.images, any_modality=self.any_modality)
 
     def segment(self, job: Job, prepared: Prepared) -> Segmentation:
-        return self.predictor.segment_prepared(
-            prepared,
-            probabilities_to=temporary_path(job.files[1]) if self.wanted["probabilities"] else None,
-            with_uncertainty=self.wanted["uncertainty"],
-            with_entropy=self.wanted["entropy"],
-        )
+        room = temporary_path(job.files[1]) if self.wanted["probabilities"] else None
+        try:
+            return self.predictor.segment_prepared(
+                prepared,
+                probabilities_to=room,
+                with_uncertainty=self.wanted["uncertainty"],
+                with_entropy=self.wanted["entropy"],
+            )
+        except BaseException as error:
+            if room:
+                room.unlink(missing_ok=True)
+                if isinstance(error, OSError):
+                    error.filename = str(job.files[1])  # rather than a name that nobody knows
+            raise
 
     def write(self, job: Job, found: Segmentation) -> Result:
         label, *others = job.files  # the label map last, as the sign that the case is complete

@@ -107,12 +107,12 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
     calls = fake("predict", {"done": [], "failed": [], "seconds": 0.0})
     result = medseg(
         "predict", "models:/liver@best", "a.nii.gz", "b", "-o", "out", "--format", "mha", "--split", "test",
-        "--overlap", "0.25", "--crop", "none", "--tta", "--prune", "2", "--probabilities", "--workers", "3", "--slurm", "partition=gpu", "--slurm", "mem_gb=16", "--force", "--uri", "http://x",
+        "--overlap", "0.25", "--crop", "none", "--with", "runs/other", "--tta", "--prune", "2", "--probabilities", "--workers", "3", "--slurm", "partition=gpu", "--slurm", "mem_gb=16", "--force", "--uri", "http://x",
     )  # fmt: skip
     assert result.exit_code == 0
     assert calls == [
         {
-            "args": ("models:/liver@best", [Path("a.nii.gz"), Path("b")]),
+            "args": (["models:/liver@best", "runs/other"], [Path("a.nii.gz"), Path("b")]),
             "output": Path("out"),
             "format": "mha",
             "split": "test",
@@ -121,6 +121,8 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
             "tta": True,
             "prune": 2,
             "probabilities": True,
+            "uncertainty": False,
+            "entropy": False,
             "device": "auto",
             "workers": 3,
             "executor": "local",
