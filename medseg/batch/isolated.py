@@ -14,6 +14,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
@@ -27,6 +28,8 @@ R = TypeVar("R")
 
 Work = Callable[[Mapping[int, J], Callable[[int], None]], Iterable[tuple[int, R]]]
 """Takes numbered jobs and a function to call with a job's number when it is begun; yields numbers with results."""
+
+Say = Callable[[str, Any], None]
 
 MAX_ATTEMPTS = 2
 
@@ -156,8 +159,27 @@ def peak_bytes_of(pid: int | None) -> int:
 
 def _serve(connection: Connection, work: Work[Any, Any], jobs: Mapping[int, Any], folder: str, level: int) -> None:
     """What the process does."""
-    os.chdir(folder)
+    with serving(connection, folder, level) as say:
+        for result in work(jobs, lambda number: say("begun", number)):
+            say("done", result)
+
+
+@contextmanager
+def serving(connection: Connection, folder: str, level: int) -> Iterator[Say]:
+    """What every process does that works for another: it ends with it, logs there, and raises there.
+
+    Args:
+        connection: To the one who asked.
+        folder: His working folder.
+        level: Of what is logged.
+
+    Yields:
+        A function that tells him something, of any kind.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked decides what an interruption means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.chdir(folder)
     threading.Thread(target=end_with_parent, daemon=True).start()
     lock = threading.Lock()
 
@@ -165,11 +187,10 @@ def _serve(connection: Connection, work: Work[Any, Any], jobs: Mapping[int, Any]
         with lock:
             connection.send((kind, content))
 
-    log.handlers, log.propagate = [Forwarded(say)], False
+    log.handlers, log.propagate = [_Forwarded(say)], False
     log.setLevel(level)
     try:
-        for result in work(jobs, lambda number: say("begun", number)):
-            say("done", result)
+        yield say
     except (MedsegError, OSError) as error:  # a full disk among them
         say("raised", error)
     except Exception as error:
@@ -186,10 +207,10 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-class Forwarded(logging.handlers.QueueHandler):
+class _Forwarded(logging.handlers.QueueHandler):
     """Hands what is logged to the process that asked for the work."""
 
-    def __init__(self, say: Callable[[str, Any], None]) -> None:
+    def __init__(self, say: Say) -> None:
         super().__init__(None)  # type: ignore[arg-type]  # the queue is only for enqueue, which is ours
         self.say = say
 

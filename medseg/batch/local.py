@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import signal
-import threading
 import time
-import traceback
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,11 +14,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-from medseg.batch.isolated import Forwarded, end_with_parent, ending_of, peak_bytes_of
+from medseg.batch.isolated import ending_of, peak_bytes_of, serving
 from medseg.batch.ledger import MAX_ATTEMPTS, MAX_KILLS, Death, Ledger, worker_name
 from medseg.batch.parallel import interruption_waits
 from medseg.batch.worker import Load, Place, work
-from medseg.errors import MedsegError, WorkerError
+from medseg.errors import WorkerError
 
 _LOOK_EVERY_S = 0.2
 _REAP_EVERY_S = 1.0
@@ -192,24 +189,5 @@ def _serve(
     connection: Connection, ledger: Ledger, load: Load, token: str, place: Place, folder: str, level: int
 ) -> None:
     """What the process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked decides what an interruption means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    os.chdir(folder)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    lock = threading.Lock()
-
-    def say(kind: str, content: object) -> None:
-        with lock:
-            connection.send((kind, content))
-
-    log.handlers, log.propagate = [Forwarded(say)], False
-    log.setLevel(level)
-    try:
+    with serving(connection, folder, level):
         work(ledger, load, worker=worker_name(token), place=place)
-    except (MedsegError, OSError) as error:  # a full disk among them
-        say("raised", error)
-    except Exception as error:
-        fault = WorkerError("E-INTERNAL", f"{type(error).__name__}: {error}; this is a fault of medseg")
-        fault.add_note(traceback.format_exc())  # which --debug shows
-        say("raised", fault)

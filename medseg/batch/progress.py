@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from medseg.batch.ledger import Ledger, Progress
+from medseg.batch.repeating import repeating
 from medseg.display import console, progress_bar
 from medseg.errors import MedsegError
 
@@ -23,7 +23,6 @@ def watched(ledger: Ledger) -> Iterator[None]:
     if not people.is_terminal:
         yield
         return
-    ended = threading.Event()
     with progress_bar(people) as bar:
         shown = bar.add_task("segmenting", total=None)
 
@@ -36,18 +35,9 @@ def watched(ledger: Ledger) -> Iterator[None]:
                 shown, total=progress.total, completed=progress.done + progress.failed, description=line(progress)
             )
 
-        def keep_looking() -> None:
-            look()
-            while not ended.wait(_LOOK_EVERY_S):
-                look()
-
-        thread = threading.Thread(target=keep_looking, daemon=True)
-        thread.start()
-        try:
+        look()
+        with repeating(look, _LOOK_EVERY_S):
             yield
-        finally:
-            ended.set()
-            thread.join()
 
 
 def line(progress: Progress, now: float | None = None) -> str:

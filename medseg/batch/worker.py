@@ -8,14 +8,15 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from medseg.batch.ledger import Job, Ledger
+from medseg.batch.repeating import repeating
 from medseg.errors import DataError, MedsegError, WorkerError
 from medseg.files import NO_ROOM
 from medseg.memory import asked_for, is_out_of_memory
@@ -198,25 +199,16 @@ def _fault(error: Exception, job: Job) -> MedsegError:
     return WorkerError("E-INTERNAL", f"{type(error).__name__}: {error}", where=f"case {job.id}")
 
 
-@contextmanager
-def _leases(ledger: Ledger, worker: str) -> Iterator[None]:
+def _leases(ledger: Ledger, worker: str) -> AbstractContextManager[None]:
     """Keep extending what a worker has."""
-    ended = threading.Event()
 
-    def beat() -> None:
-        while not ended.wait(ledger.lease_s / 4):
-            try:
-                ledger.renew(worker)
-            except (MedsegError, OSError) as error:  # the one who works will meet it too
-                log.debug("the leases could not be extended", exc_info=error)
+    def renew() -> None:
+        try:
+            ledger.renew(worker)
+        except (MedsegError, OSError) as error:  # the one who works will meet it too
+            log.debug("the leases could not be extended", exc_info=error)
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return repeating(renew, ledger.lease_s / 4)
 
 
 def _peak_bytes() -> int:

@@ -86,8 +86,10 @@ def _started(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 def _death(workers: Iterable[Any]) -> str | None:
     """What ended the first worker that did not end by itself; None if all are well."""
-    wait([worker.sentinel for worker in workers], DYING_SECONDS)  # its connections break before it is known to be dead
+    ended = wait([worker.sentinel for worker in workers], DYING_SECONDS)
     for worker in workers:
+        if worker.sentinel in ended:  # the kernel closes its files before it says what it died of
+            worker.join(DYING_SECONDS)
         if worker.exitcode:
             return signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else f"exit code {worker.exitcode}"
     return None
