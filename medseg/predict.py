@@ -18,7 +18,7 @@ from medseg.batch.ledger import Job, Ledger, only_writer, worker_name
 from medseg.batch.local import places, run_local
 from medseg.batch.progress import watched
 from medseg.batch.worker import Place, work
-from medseg.data.inputs import PROBABILITIES, check_unique, find_cases
+from medseg.data.inputs import ENTROPY, PROBABILITIES, check_unique, find_cases
 from medseg.data.manifest import Case
 from medseg.data.volume_io import WRITABLE_SUFFIXES, read_geometry, write_volume
 from medseg.display import track
@@ -38,9 +38,6 @@ Executor = Literal["here", "local", "ray", "slurm"]
 
 LEDGER = "ledger.db"
 """In the output folder: the list of its cases, see `medseg.batch.ledger`."""
-
-ENTROPY = "_entropy"
-"""What the files of the voxels' entropies have behind their case's name."""
 
 _TOLD = ("windows", "windows_in_air", "network_seconds", "uncertainty", "uncertainties", "agreement")
 """What an entry says of a segmentation besides its seconds, where it is known."""

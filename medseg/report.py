@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from medseg.data.inputs import MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases, manifest_cases
+from medseg.data.inputs import BESIDE, MANIFEST_SUFFIX, check_unique, find_cases, manifest_cases
 from medseg.data.manifest import Case, Manifest
 from medseg.data.volume_io import READABLE_SUFFIXES
 from medseg.errors import DataError, WorkflowError
@@ -108,7 +108,7 @@ def _report_segmentations(
 ) -> Result:
     if folder.is_file() and not folder.name.lower().endswith(READABLE_SUFFIXES):
         raise DataError("E-REPORT-RUN", "is no segmentation; name one, a folder of them, or a run", where=str(folder))
-    predictions = [case for case in find_cases([folder]) if not case.id.endswith(PROBABILITIES)]
+    predictions = [case for case in find_cases([folder]) if not case.id.endswith(BESIDE)]
     check_unique(predictions)
     return write_batch_page(predictions, page, name=folder.resolve().name, **_known(scans, labels, split))
 

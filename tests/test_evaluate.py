@@ -126,9 +126,10 @@ def test_two_files_need_no_common_name(folders):
     assert result["cases"] == 1 and 0 < result["mean"]["dice"] < 1
 
 
-def test_probabilities_beside_the_predictions_are_left_alone(folders):
+def test_probabilities_and_entropies_beside_the_predictions_are_left_alone(folders):
     array = np.zeros((3, *GRID.shape), np.float32)
     write_volume(folders / "predictions" / "case_0_probabilities.nii.gz", Volume(array, GRID))
+    write_volume(folders / "predictions" / "case_0_entropy.nii.gz", Volume(array[:1], GRID))
     assert evaluate(folders / "predictions", folders / "labels")["unmatched"] == {"predictions": [], "references": []}
 
 

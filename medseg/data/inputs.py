@@ -20,6 +20,12 @@ MANIFEST_SUFFIX = ".json"
 PROBABILITIES = "_probabilities"
 """Appended to a case's id, names the file of its probabilities, beside its segmentation."""
 
+ENTROPY = "_entropy"
+"""The same for the entropies of its voxels."""
+
+BESIDE = (PROBABILITIES, ENTROPY)
+"""What stands beside segmentations and is none."""
+
 
 def find_cases(inputs: Sequence[Path], *, split: str | None = None) -> list[Case]:
     """The cases that the inputs mean.

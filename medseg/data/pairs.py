@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from medseg.data.foreign_labels import LabelTranslation
-from medseg.data.inputs import MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases, manifest_cases
+from medseg.data.inputs import BESIDE, MANIFEST_SUFFIX, PROBABILITIES, check_unique, find_cases, manifest_cases
 from medseg.data.manifest import Case, Manifest, case_id, read_json
 from medseg.data.volume_io import read_label, read_volume
 from medseg.errors import DataError
@@ -195,7 +195,7 @@ def _find_predictions(path: Path, translation: LabelTranslation | None) -> dict[
     """Label map of each case, or the folder with its organs; probabilities that stand beside label maps are none."""
     if translation and translation.files:
         return translation.find(path)
-    cases = [case for case in find_cases([path]) if not case.id.endswith(PROBABILITIES)]
+    cases = [case for case in find_cases([path]) if not case.id.endswith(BESIDE)]
     check_unique(cases)
     return {case.id: case.images[0] for case in cases}
 
