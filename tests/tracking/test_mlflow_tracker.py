@@ -35,6 +35,12 @@ def artifacts(uri: str, run_id: str, folder: str = "") -> list[str]:
     return found
 
 
+def answered(run_dir: Path) -> bool:
+    """Whether the store has confirmed all that was sent so far."""
+    delivery = Delivery.load(run_dir)
+    return delivery is not None and delivery.sent == delivery.attempted
+
+
 def run_python(script: str, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(Path(medseg.__file__).parents[1])}
@@ -328,6 +334,7 @@ def test_training_finishes_and_everything_arrives_when_the_server_is_back(
     run_id = tracker.run_id
     tracker.log_metrics({"train/loss": 1.0}, 1)
     wait_until(lambda: history(server.uri, run_id, "train/loss") == [(1, 1.0)])
+    wait_until(lambda: answered(tmp_path / "run"))  # else its answer may die with the server, and it is sent twice
     server.kill()
     began = time.monotonic()
     for step in range(2, 200):
