@@ -143,7 +143,14 @@ def predict(
             "stand elsewhere.  [default: the model's]"
         ),
     ] = None,
-    tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs.")] = False,
+    tta: Annotated[
+        bool | None,
+        typer.Option(
+            "--tta/--no-tta",
+            help="Average over mirrored inputs (along all axes, where the model names none); or not.",
+            show_default="the model's",
+        ),
+    ] = None,
     prune: Annotated[
         int | None, typer.Option(metavar="LEVEL", min=1, help="Stop a UNet++ at this level, which is faster.")
     ] = None,

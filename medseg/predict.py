@@ -54,7 +54,7 @@ def predict(
     split: str | None = None,
     overlap: float | None = None,
     crop: Crop | None = None,
-    tta: bool = False,
+    tta: bool | None = None,
     prune: int | None = None,
     probabilities: bool = False,
     uncertainty: bool = False,
@@ -81,7 +81,8 @@ def predict(
             where it has none.
         overlap: Share of a window that the next one covers again, instead of the model's.
         crop: Which windows are spared, see `medseg.model.Window`; instead of the model's.
-        tta: Average over mirrored copies along all axes.
+        tta: Average over mirrored copies, along the axes that the model names, or all if it names none; or predict
+            without. None: as the model says.
         prune: Stop a UNet++ that was trained with deep supervision at this level, which is faster.
         probabilities: Write the network's probabilities too.
         uncertainty: Say of each case how unsure its segmentation is, to look at the least sure ones first.
@@ -202,7 +203,7 @@ class _Loading:
     device: str
     overlap: float | None
     crop: Crop | None
-    tta: bool
+    tta: bool | None
     prune: int | None
     tracking_uri: str | None
     format: str

@@ -111,7 +111,7 @@ def predictor(
     device: str = "auto",
     overlap: float | None = None,
     crop: Crop | None = None,
-    tta: bool = False,
+    tta: bool | None = None,
     pruned_at: int | None = None,
     tracking_uri: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
@@ -125,7 +125,7 @@ def predictor(
         device: ``auto``, ``cpu`` or ``cuda``.
         overlap: Instead of the model's own, as is `crop`.
         crop: See `medseg.model.Window`.
-        tta: Mirror along all axes.
+        tta: Mirror along the axes that the model names, or all if it names none; or not at all. None: as it says.
         pruned_at: The level at which a UNet++ stops.
         tracking_uri: Where to look for run ids.
         weights: Instead of the stored ones of the one model.
@@ -150,7 +150,7 @@ def _member(
     *,
     overlap: float | None,
     crop: Crop | None,
-    tta: bool,
+    tta: bool | None,
     pruned_at: int | None,
     weights: Mapping[str, Tensor] | None,
 ) -> Member:
@@ -163,9 +163,11 @@ def _member(
         window = replace(window, overlap=overlap)
     if crop is not None:
         window = replace(window, crop=crop)
-    if tta:
+    if tta and not window.mirror_axes:
         axes = tuple(a for a in range(3) if spec.spatial_dims == 3 or a != window.slice_axis)
         window = replace(window, mirror_axes=axes)
+    if tta is False:
+        window = replace(window, mirror_axes=())
     net = network(spec)
     _load(net, weights or stored, model)
     return Member(replace(spec, window=window), net, model)

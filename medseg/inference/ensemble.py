@@ -16,10 +16,26 @@ from medseg.inference.uncertainty import Votes
 from medseg.labels import Labels
 from medseg.model import Intensity, ModelSpec, Preprocessing, Window
 
-Planes = Iterator[tuple[int, Tensor]]
-"""Numbers of planes and their logits (R, A, B), in order; planes that are background alone may be left out."""
-
 _LEAST = 1e-30  # a probability whose logarithm is still a number
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows of a plane on the scan's grid, of which all is known.
+
+    Args:
+        number: Which plane.
+        first_row: Which row is the first.
+        logits: (R, A, B), A rows.
+    """
+
+    number: int
+    first_row: int
+    logits: Tensor
+
+
+Strips = Iterator[Strip]
+"""Those of all planes, each once; planes that are background alone may be left out."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +160,11 @@ def _mirrored(member: Member, given: Sequence[Intensity]) -> nn.Module:
     return Mirrored(network, axes, member.spec.labels) if axes else network
 
 
-def averaged(streams: Sequence[Planes], counts: Sequence[int], labels: Labels, votes: Votes | None = None) -> Planes:
-    """The mean of several models' probabilities, plane by plane, while they are being made.
+def averaged(streams: Sequence[Strips], counts: Sequence[int], labels: Labels, votes: Votes | None = None) -> Strips:
+    """The mean of several models' probabilities, strip by strip, while they are being made.
 
     Args:
-        streams: The planes of each.
+        streams: The strips of each; those of several are cut alike, and come in order of planes and rows.
         counts: What each counts.
         labels: What the channels are.
         votes: Told how far the models agree.
@@ -161,20 +177,20 @@ def averaged(streams: Sequence[Planes], counts: Sequence[int], labels: Labels, v
         return
     heads = [next(stream, None) for stream in streams]
     while coming := [head for head in heads if head]:
-        number, device = min(number for number, _ in coming), coming[0][1].device
+        at, device = min((head.number, head.first_row) for head in coming), coming[0].logits.device
         maps, mean = [], torch.zeros((), device=device)
         for n, (head, count) in enumerate(zip(heads, counts, strict=True)):
-            here = head is not None and head[0] == number
-            plane = head[1] if head and here else torch.tensor(labels.background, device=device)[:, None, None]
+            here = head is not None and (head.number, head.first_row) == at
+            logits = head.logits if head and here else torch.tensor(labels.background, device=device)[:, None, None]
             if votes:
-                maps.append(labels.segment(plane[None]))
-            mean = mean + probabilities(plane, labels) * (count / sum(counts))
+                maps.append(labels.segment(logits[None]))
+            mean = mean + probabilities(logits, labels) * (count / sum(counts))
             if here:
-                heads[n] = next(streams[n], None)  # only now: the plane's memory is used again
+                heads[n] = next(streams[n], None)
         logits = as_logits(mean, labels)
         if votes:
             votes.count([*maps, labels.segment(logits[None])])
-        yield number, logits
+        yield Strip(*at, logits)
 
 
 def probabilities(logits: Tensor, labels: Labels) -> Tensor:

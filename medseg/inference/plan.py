@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from medseg.geometry import Geometry
+from medseg.inference.restore import STRIP_BYTES, Place, has_bands, solid
 from medseg.inference.windows import Windows
 from medseg.model import ModelSpec
 
@@ -95,9 +96,9 @@ def plan_of(spec: ModelSpec, source: Geometry, cost: WindowCost, *, batch_size: 
     grid = spec.preprocessing.geometry(source)
     windows = Windows.over(grid.shape, spec.window)
     outputs = spec.labels.num_outputs
-    blended = windows.axes[windows.outer].written * _area(windows)
-    planes = _plane(grid, windows.outer) + _plane(source.oriented(spec.preprocessing.orientation), windows.outer)
-    logits = FLOAT_BYTES * outputs * (blended + 2 * planes)
+    target = Place(source, spec.preprocessing.orientation, windows.outer).target
+    held = windows.num_held(in_bands=has_bands(solid(grid), target)) + 2 * _plane(grid, windows.outer)
+    logits = FLOAT_BYTES * outputs * held + STRIP_BYTES["cuda" if on_gpu else "cpu"]
     channels = len(spec.channels)
     image = FLOAT_BYTES * channels * grid.num_voxels
     scan = (SOURCE_BYTES * channels + spec.labels.dtype().itemsize) * source.num_voxels
@@ -105,11 +106,6 @@ def plan_of(spec: ModelSpec, source: Geometry, cost: WindowCost, *, batch_size: 
     work = logits + cost.num_bytes
     batches = -(-len(windows) // batch_size)
     return Plan(len(windows), batches * cost.seconds, host + (0 if on_gpu else work), image + work if on_gpu else 0)
-
-
-def _area(windows: Windows) -> int:
-    first, second = (windows.axes[axis].covered for axis in windows.inner)
-    return first * second
 
 
 def _plane(grid: Geometry, axis: int) -> int:

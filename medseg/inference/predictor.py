@@ -20,10 +20,19 @@ from medseg.data.sources import Source
 from medseg.data.transforms import Prepared, preprocess
 from medseg.errors import DataError
 from medseg.geometry import Geometry, Volume
-from medseg.inference.ensemble import Averaged, Member, Planes, averaged, grouped, voted
+from medseg.inference.ensemble import Averaged, Member, Strips, averaged, grouped, voted
 from medseg.inference.plan import Plan, WindowCost, plan_of, window_cost
 from medseg.inference.postprocess import check_steps, postprocess
-from medseg.inference.restore import PICTURE_AXIS, Place, resampled_planes, restored, room_for_probabilities, solid
+from medseg.inference.restore import (
+    PICTURE_AXIS,
+    Place,
+    has_bands,
+    mirrored,
+    resampled,
+    restored,
+    room_for_probabilities,
+    solid,
+)
 from medseg.inference.sliding_window import Clock, slabs
 from medseg.inference.tta import Mirrored
 from medseg.inference.uncertainty import Uncertainty, Votes
@@ -322,12 +331,12 @@ class Predictor:
         axis = PICTURE_AXIS if is_picture else every[0].outer
         clock, votes = Clock(), Votes() if wanted.uncertainty else None
         streams = [
-            self._planes(part, prepared, windows, way, axis=axis, clock=clock, votes=votes)
+            self._strips(part, prepared, windows, way, axis=axis, clock=clock, votes=votes)
             for part, windows in zip(self._parts, every, strict=True)
         ]
         of_models = votes if len(streams) > 1 else None
-        planes = averaged(streams, [part.count for part in self._parts], self.spec.labels, of_models)
-        found = self._collected(planes, prepared, axis, wanted)
+        strips = averaged(streams, [part.count for part in self._parts], self.spec.labels, of_models)
+        found = self._collected(strips, prepared, axis, wanted)
         return replace(
             found,
             num_windows=sum(windows.num_computed for windows in every),
@@ -368,7 +377,7 @@ class Predictor:
             outer = found[0].outer
         return found
 
-    def _planes(
+    def _strips(
         self,
         part: _Part,
         prepared: Prepared,
@@ -378,11 +387,14 @@ class Predictor:
         axis: int,
         clock: Clock,
         votes: Votes | None,
-    ) -> Planes:
+    ) -> Strips:
         """What a part says, on the scan's grid, its axes laid as those of the first part's."""
         seen = (prepared, *prepared.others)[part.preparation]
         network = part.network.to(way.device)
         votes_here = votes if len(self._parts) == 1 and isinstance(network, Averaged | Mirrored) else None
+        grid = solid(seen.geometry)
+        target = Place(prepared.source, self.spec.preprocessing.orientation, axis).target
+        in_bands = len(self._parts) == 1 and has_bands(grid, target)  # several are averaged in order of their rows
         predicted = slabs(
             torch.from_numpy(seen.image).to(way.sums_on),
             partial(network, votes=votes_here) if votes_here else network,
@@ -392,27 +404,23 @@ class Predictor:
             autocast=self.autocast,
             device=way.device,
             clock=clock,
+            in_bands=in_bands,
         )
-        orientation, first = part.spec.preprocessing.orientation, self.spec.preprocessing.orientation
-        place = Place(prepared.source, orientation, axis)
-        grid = solid(seen.geometry)
-        is_picture = prepared.source.spatial_dims == 2
-        box = tuple(slice(0, n) for n in grid.shape) if is_picture else windows.box
-        planes = resampled_planes(
-            predicted, self.spec.labels.background, box=box, grid=grid, target=place.target, axis=axis
-        )
-        turned = [a for a in range(3) if orientation[a] != first[a] and not is_picture]
-        dims = [1 + (a if a < axis else a - 1) for a in turned]
-        return ((number, plane.flip(dims)) for number, plane in planes) if dims else planes
+        box = windows.box
+        if prepared.source.spatial_dims == 2:
+            box = tuple(slice(0, n) for n in grid.shape)
+        elif part.spec.preprocessing.orientation != self.spec.preprocessing.orientation:
+            predicted, box, grid = mirrored(predicted, box, grid, self.spec.preprocessing.orientation, axis)
+        return resampled(predicted, self.spec.labels.background, box=box, grid=grid, target=target, axis=axis)
 
-    def _collected(self, planes: Planes, prepared: Prepared, axis: int, wanted: Wanted) -> Segmentation:
-        """Planes on the scan's grid, and what they say of it."""
+    def _collected(self, strips: Strips, prepared: Prepared, axis: int, wanted: Wanted) -> Segmentation:
+        """Strips on the scan's grid, and what they say of it."""
         labels, source = self.spec.labels, prepared.source
         place = Place(source, self.spec.preprocessing.orientation, axis)
         chances = room_for_probabilities(labels, place, wanted.probabilities_to) if wanted.probabilities else None
         uncertainty = Uncertainty(labels) if wanted.uncertainty else None
         entropy = np.zeros((1, *source.shape), np.uint8) if wanted.entropy else None
-        label = restored(planes, labels, place, chances=chances, uncertainty=uncertainty, entropy=entropy)
+        label = restored(strips, labels, place, chances=chances, uncertainty=uncertainty, entropy=entropy)
         doubts = uncertainty.result() if uncertainty else None
         return Segmentation(
             label,

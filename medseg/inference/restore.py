@@ -1,4 +1,4 @@
-"""From logits on the network's grid to a label map on the scan's own grid, one plane at a time."""
+"""From logits on the network's grid to a label map on the scan's own grid, some rows of a plane at a time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from medseg.data.body import Box
 from medseg.geometry import Array, Geometry, Volume
-from medseg.inference.ensemble import probabilities
+from medseg.inference.ensemble import Strip, probabilities
 from medseg.inference.sliding_window import Slab
 from medseg.inference.uncertainty import PERCENT, Uncertainty
 from medseg.labels import Labels
 
 PICTURE_AXIS = 2
 """The axis that the one slice of a picture lies across."""
+
+STRIP_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Logits that are decided on at once: what a processor's cache holds, and what keeps a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,13 @@ class Place:
         """The scan's axis that planes follow each other along."""
         return solid(self.source).axes_to(self._orientation)[0][self.axis]
 
-    def put(self, plane: npt.NDArray[Any], number: int, into: npt.NDArray[Any]) -> None:
-        """Write a plane (C, A, B) into an array (C, I, J[, K]) on the scan's grid."""
-        whole = into if self.source.spatial_dims == 3 else into[..., None]
+    def planes_of(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An array (C, I, J[, K]) on the scan's grid as planes (P, C, A, B): a view, to be read or written."""
+        whole = array if self.source.spatial_dims == 3 else array[..., None]
         order, flips = solid(self.source).axes_to(self._orientation)
         turned = whole.transpose(0, *(axis + 1 for axis in order))
         turned = turned[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
-        turned[(slice(None),) * (1 + self.axis) + (number,)] = plane
+        return np.moveaxis(turned, 1 + self.axis, 0)
 
     @property
     def _orientation(self) -> str:
@@ -64,7 +67,7 @@ class Place:
 
 
 def restored(
-    planes: Iterable[tuple[int, Tensor]],
+    strips: Iterable[Strip],
     labels: Labels,
     place: Place,
     *,
@@ -72,29 +75,33 @@ def restored(
     uncertainty: Uncertainty | None = None,
     entropy: npt.NDArray[np.uint8] | None = None,
 ) -> Volume:
-    """Decide on the scan's voxels, plane by plane.
+    """Decide on the scan's voxels, some rows after the other.
 
     Args:
-        planes: Number and logits (R, A, B) of the planes that are not background alone.
+        strips: Logits of all that is not background alone.
         labels: What the channels are.
         place: Where they go.
         chances: Filled with the probabilities, (R, I, J[, K]); see `room_for_probabilities`.
-        uncertainty: Told of every plane.
+        uncertainty: Told of every strip.
         entropy: Filled with its entropies in percent, (1, I, J[, K]).
 
     Returns:
         The label map (1, I, J[, K]), uint8 or int16, on the scan's grid.
     """
     found = np.zeros((1, *place.source.shape), labels.dtype)
-    for number, plane in planes:
-        label = labels.segment(plane[None])
-        place.put(label.cpu().numpy(), number, found)
-        if chances is not None:
-            place.put(probabilities(plane, labels).cpu().numpy(), number, chances)
+    label_planes = place.planes_of(found)
+    chance_planes = None if chances is None else place.planes_of(chances)
+    entropy_planes = None if entropy is None else place.planes_of(entropy)
+    for strip in strips:
+        where = strip.number, slice(None), slice(strip.first_row, strip.first_row + strip.logits.shape[1])
+        label = labels.segment(strip.logits[None])
+        label_planes[where] = label.cpu().numpy()
+        if chance_planes is not None:
+            chance_planes[where] = probabilities(strip.logits, labels).cpu().numpy()
         if uncertainty is not None:
-            of_plane = uncertainty.add(plane, label[0])
-            if entropy is not None:
-                place.put((of_plane[None] * PERCENT).round().byte().cpu().numpy(), number, entropy)
+            of_strip = uncertainty.add(strip.logits, label[0])
+            if entropy_planes is not None:
+                entropy_planes[where] = (of_strip[None] * PERCENT).round().byte().cpu().numpy()
     return Volume(found, place.source)
 
 
@@ -130,13 +137,45 @@ def solid(grid: Geometry) -> Geometry:
     return grid if grid.spatial_dims == 3 else Geometry((*grid.shape, 1), grid.affine)
 
 
-def resampled_planes(
+def mirrored(
+    slabs: Iterable[Slab], box: Box, grid: Geometry, orientation: str, axis: int
+) -> tuple[Iterator[Slab], Box, Geometry]:
+    """Slabs of whole planes whose rows and columns run as they do in another orientation.
+
+    Args:
+        slabs: On a box of `grid`.
+        box: Where it is.
+        grid: Its axes are those of the orientation, in the same order, some of them running the other way.
+        orientation: E.g. ``"RAS"``.
+        axis: The one that planes follow each other along, which runs the same way in both.
+
+    Returns:
+        The slabs, the box and the grid.
+    """
+    _, flips = grid.axes_to(orientation)
+    box = tuple(
+        slice(n - side.stop, n - side.start) if flip else side
+        for side, n, flip in zip(box, grid.shape, flips, strict=True)
+    )
+    inner = [a for a in range(3) if a != axis]
+    dims = [2 + place for place, a in enumerate(inner) if flips[a]]
+    first_row = box[inner[0]].start
+    turned = (Slab(slab.first, first_row, slab.planes.flip(dims)) for slab in slabs)
+    return turned, box, grid.oriented(orientation)
+
+
+def has_bands(grid: Geometry, target: Geometry) -> bool:
+    """Whether `resampled` takes slabs of some rows: not where the target's planes lie aslant."""
+    return grid.matches(target) or grid.shares_field_of_view(target)
+
+
+def resampled(
     slabs: Iterable[Slab], background: Sequence[float], *, box: Box, grid: Geometry, target: Geometry, axis: int
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[Strip]:
     """Linear interpolation on another grid, plane after plane along an axis.
 
     Args:
-        slabs: Logits on a box of `grid`, all planes in order.
+        slabs: Logits on a box of `grid`: all planes in order, or, see `has_bands`, in order for each band of rows.
         background: Logits around it, one for each of R channels.
         box: Where it is.
         grid: Where the logits are.
@@ -144,43 +183,59 @@ def resampled_planes(
         axis: The one that planes follow each other along.
 
     Yields:
-        The number and (R, A, B) of the target's planes, in order, without those that are background alone.
+        The target's planes, strip by strip, in order as the slabs are; without those that are background alone.
     """
     way = _way(grid, target, axis)
-    planes = _Planes(grid.shape, box, axis, background)
-    number = 0
+    bands: dict[int, _Band] = {}
+    seams: dict[int, Tensor] = {}  # by planes of the target: the last row of the band before
     for slab in slabs:
-        planes.take(slab)
-        while number < target.shape[axis] and (needed := way.needed(number))[-1] < planes.known:
-            if planes.holds_something(needed):
-                yield number, way.plane(number, [planes[n] for n in needed])
-            number += 1
-        if number < target.shape[axis]:
-            planes.keep(way.needed(number)[0])
+        if slab.first_row not in bands:
+            bands[slab.first_row] = _Band(grid.shape, box, axis, background, slab)
+        band = bands[slab.first_row]
+        band.take(slab)
+        while band.number < target.shape[axis] and (needed := way.needed(band.number))[-1] < band.known:
+            if band.holds_something(needed):
+                plane = way.between(band.number, [band[n] for n in needed])
+                if (seam := seams.pop(band.number, None)) is not None:
+                    plane = torch.cat([seam, plane], dim=1)
+                if way.seam and band.rows.stop < band.num_rows:
+                    seams[band.number] = plane[:, -1:].clone()
+                for first_row, logits in way.rows(plane, band.rows):
+                    yield Strip(band.number, first_row, logits)
+            band.number += 1
+        band.keep(way.needed(band.number)[0] if band.number < target.shape[axis] else band.known)
 
 
-class _Planes:
-    """The planes (R, A, B) of a whole grid, while slabs of a box in it come one after the other."""
+class _Band:
+    """Some rows of a whole grid's planes (R, A, B), while slabs of a box in it come one after the other.
 
-    def __init__(self, shape: Sequence[int], box: Box, axis: int, background: Sequence[float]) -> None:
-        self.shape = shape
-        self.axis = axis
+    The first band has the rows before the box, too, and the last one those behind it.
+    """
+
+    def __init__(self, shape: Sequence[int], box: Box, axis: int, background: Sequence[float], first: Slab) -> None:
+        self.num_rows, num_columns = (n for a, n in enumerate(shape) if a != axis)
+        rows, columns = (side for a, side in enumerate(box) if a != axis)
+        stop = first.first_row + first.planes.shape[2]
+        self.rows = slice(
+            0 if first.first_row == rows.start else first.first_row, self.num_rows if stop == rows.stop else stop
+        )
+        self.within = slice(None), slice(first.first_row - self.rows.start, stop - self.rows.start), columns
+        self.num_planes = shape[axis]
         self.reach = box[axis]
-        self.within = (slice(None), *(side for a, side in enumerate(box) if a != axis))
-        self.background = background
-        self.held: dict[int, Tensor] = {}  # of slabs before
+        self.number = 0  # of the target's plane to come
+        self.held: dict[int, Tensor] = {}  # planes of slabs before
+        values = torch.tensor(background, device=first.planes.device)[:, None, None]
+        self.empty = values.expand(-1, self.rows.stop - self.rows.start, num_columns)
 
     def take(self, slab: Slab) -> None:
         """Go on with the next slab."""
-        self.slab = slab
-        size = [n for a, n in enumerate(self.shape) if a != self.axis]
-        self.empty = torch.tensor(self.background, device=slab.planes.device)[:, None, None].expand(-1, *size)
+        self.first, self.planes = slab.first, slab.planes
 
     @property
     def known(self) -> int:
         """Up to which plane, and without it, they are there."""
-        end = self.slab.first + len(self.slab.planes)
-        return end if end < self.reach.stop else self.shape[self.axis]
+        end = self.first + len(self.planes)
+        return end if end < self.reach.stop else self.num_planes
 
     def holds_something(self, numbers: range) -> bool:
         """Whether some of the planes cut the box."""
@@ -191,7 +246,7 @@ class _Planes:
             return self.held[number]
         if not self.reach.start <= number < self.reach.stop:
             return self.empty
-        plane = self.slab.planes[number - self.slab.first]
+        plane = self.planes[number - self.first]
         if plane.shape == self.empty.shape:
             return plane
         whole = self.empty.clone()
@@ -199,72 +254,112 @@ class _Planes:
         return whole
 
     def keep(self, first: int) -> None:
-        """Hold what is needed from one plane on, as the slab's memory is about to be used again."""
-        end = self.slab.first + len(self.slab.planes)
-        numbers = range(max(first, self.reach.start), end)
+        """Hold what is needed from one plane on, and let the slab go."""
+        numbers = range(max(first, self.reach.start), self.first + len(self.planes))
         self.held = {n: self.held[n] if n in self.held else self[n].clone() for n in numbers}
+        del self.planes
 
 
 class _Way(Protocol):
     """How a plane of the target comes about."""
 
+    seam: bool
+    """Whether rows are made of those of two bands."""
+
     def needed(self, number: int) -> range:
         """The planes of the grid that it is made of; none of them is below those of the planes before it."""
 
-    def plane(self, number: int, planes: Sequence[Tensor]) -> Tensor:
-        """The plane (R, A', B'), from those planes (R, A, B)."""
+    def between(self, number: int, planes: Sequence[Tensor]) -> Tensor:
+        """The plane between those planes (R, A, B), or a band of it."""
+
+    def rows(self, plane: Tensor, band: slice) -> Iterator[tuple[int, Tensor]]:
+        """The target's rows (R, A', B') that a band of the plane adds, which the row before it may precede."""
 
 
 def _way(grid: Geometry, target: Geometry, axis: int) -> _Way:
     if grid.matches(target):
         return _AsItIs()
     if grid.shares_field_of_view(target):
-        inner = [n for a, n in enumerate(target.shape) if a != axis]
-        return _Stretched(grid.shape[axis], target.shape[axis], inner)
+        return _Stretched(grid.shape, target.shape, axis)
     return _Sampled(grid.shape, target.shape, axis, np.linalg.inv(grid.affine) @ target.affine)
 
 
-@dataclass(frozen=True)
+def _in_strips(start: int, stop: int, *, num_channels: int, num_columns: int, device: torch.device) -> Iterator[slice]:
+    """Rows of a plane, as many as are to be worked on at once."""
+    count = max(1, STRIP_BYTES[device.type] // (num_channels * num_columns * torch.float32.itemsize))
+    for first in range(start, stop, count):
+        yield slice(first, min(first + count, stop))
+
+
 class _AsItIs:
     """Grids that are the same."""
+
+    seam = False
 
     def needed(self, number: int) -> range:
         return range(number, number + 1)
 
-    def plane(self, number: int, planes: Sequence[Tensor]) -> Tensor:
+    def between(self, number: int, planes: Sequence[Tensor]) -> Tensor:
         return planes[0]
 
+    def rows(self, plane: Tensor, band: slice) -> Iterator[tuple[int, Tensor]]:
+        channels, _, columns = plane.shape
+        for part in _in_strips(band.start, band.stop, num_channels=channels, num_columns=columns, device=plane.device):
+            yield part.start, plane[:, part.start - band.start : part.stop - band.start]
 
-@dataclass(frozen=True)
+
 class _Stretched:
-    """Grids with the same axes and faces: between two planes, then within the plane.
+    """Grids with the same axes and faces: between two planes, then along their columns, then between two rows."""
 
-    Args:
-        num_old: Planes of the grid.
-        num_new: Planes of the target.
-        inner: Size of the target's planes.
-    """
+    seam = True
 
-    num_old: int
-    num_new: int
-    inner: Sequence[int]
-
-    def _position(self, number: int) -> float:
-        return min(max((number + 0.5) * self.num_old / self.num_new - 0.5, 0.0), self.num_old - 1.0)
+    def __init__(self, old: Sequence[int], new: Sequence[int], axis: int) -> None:
+        """From the grids' shapes, and the axis that planes follow each other along."""
+        self.planes = _positions(old[axis], new[axis])
+        (old_rows, _), (new_rows, self.num_columns) = (
+            [n for a, n in enumerate(shape) if a != axis] for shape in (old, new)
+        )
+        self.between_rows = _positions(old_rows, new_rows)
 
     def needed(self, number: int) -> range:
-        position = self._position(number)
-        return range(int(position), math.ceil(position) + 1)
+        low, high, _ = self.planes
+        return range(int(low[number]), int(high[number]) + 1)
 
-    def plane(self, number: int, planes: Sequence[Tensor]) -> Tensor:
-        plane = planes[0] if len(planes) == 1 else torch.lerp(planes[0], planes[1], self._position(number) % 1)
-        if tuple(plane.shape[1:]) == tuple(self.inner):
-            return plane
-        return F.interpolate(plane[None], size=list(self.inner), mode="bilinear", align_corners=False)[0]
+    def between(self, number: int, planes: Sequence[Tensor]) -> Tensor:
+        return planes[0] if len(planes) == 1 else torch.lerp(planes[0], planes[1], float(self.planes[2][number]))
+
+    def rows(self, plane: Tensor, band: slice) -> Iterator[tuple[int, Tensor]]:
+        low, high, share = self.between_rows
+        channels, device, above = len(plane), plane.device, band.stop - plane.shape[1]
+        start, stop = np.searchsorted(high, [band.start, band.stop]).tolist()
+        for part in _in_strips(start, stop, num_channels=channels, num_columns=self.num_columns, device=device):
+            first, last = int(low[part.start]), int(high[part.stop - 1])
+            wide = self._widened(plane[:, first - above : last + 1 - above])
+            rows, below = (torch.from_numpy(which[part] - first).to(device) for which in (low, high))
+            found = wide.index_select(1, rows)
+            found.lerp_(wide.index_select(1, below), torch.from_numpy(share[part]).to(device)[:, None])
+            yield part.start, found
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        """Rows (R, A, B) stretched to the number of columns."""
+        channels, count, columns = rows.shape
+        if columns == self.num_columns:
+            return rows
+        lines = rows.reshape(-1, 1, columns)  # in one dimension, which takes half of the time of two
+        wide = F.interpolate(lines, size=self.num_columns, mode="linear", align_corners=False)
+        return wide.reshape(channels, count, self.num_columns)
+
+
+def _positions(old: int, new: int) -> tuple[Array, Array, Array]:
+    """Between which two of the old, and how far from the first of them, the new ones lie."""
+    at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0.0, old - 1.0)
+    return np.floor(at).astype(np.int64), np.ceil(at).astype(np.int64), (at % 1).astype(np.float32)
 
 
 class _Sampled:
     """Any two grids (a sheared scan and its straightened grid): a plane of the target lies aslant in the grid."""
+
+    seam = False
 
     def __init__(self, old: Sequence[int], new: Sequence[int], axis: int, to_grid: Array) -> None:
         """From the grids' shapes, the axis, and the way from target voxel to grid voxel (4, 4)."""
@@ -286,7 +381,7 @@ class _Sampled:
         )
         return range(int(low), math.ceil(high) + 1)
 
-    def plane(self, number: int, planes: Sequence[Tensor]) -> Tensor:
+    def between(self, number: int, planes: Sequence[Tensor]) -> Tensor:
         block = torch.stack(list(planes), dim=1 + self.axis)  # (R, I, J, K), one axis short
         position = self.first + number * self.step
         position[..., self.axis] -= self.needed(number).start
@@ -295,3 +390,6 @@ class _Sampled:
         where = torch.from_numpy(position.astype(np.float32))[None].to(block.device)
         sampled = F.grid_sample(block[None], where, padding_mode="border", align_corners=True)[0]
         return sampled.squeeze(1 + self.axis)
+
+    def rows(self, plane: Tensor, band: slice) -> Iterator[tuple[int, Tensor]]:
+        return _AsItIs().rows(plane, slice(0, plane.shape[1]))

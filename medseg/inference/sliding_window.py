@@ -1,7 +1,7 @@
 """A network over volumes and pictures of any size: window by window, seams blended, slab by slab.
 
-Windows come in order along one axis, so that what they have passed is finished and can be handed on. A buffer as
-deep as a patch is therefore all that is held of the logits, however long the scan.
+Windows come in order along one axis, so that what they have passed is finished and can be handed on. No more than a
+patch's depth of the logits is therefore held, however long the scan; in bands, hardly more than half of that.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
 
-from medseg.inference.windows import Numbers, Windows
+from medseg.inference.windows import Axis, Numbers, Windows
 from medseg.labels import Labels
 
 CLASSES_AT_ONCE = 8
@@ -25,15 +25,16 @@ CLASSES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Slab:
-    """Finished planes of logits.
+    """Finished planes of logits, or the finished rows of some.
 
     Args:
         first: The number of the first plane along the volume's outer axis.
-        planes: (P, R, A, B), float32: P planes of R channels, A and B being the other axes. Its memory is used again
-            when the next slab is asked for. Planes are those of the windows' box.
+        first_row: The number of the first row along the first of the other axes.
+        planes: (P, R, A, B), float32: P planes of R channels, A and B being the other axes.
     """
 
     first: int
+    first_row: int
     planes: Tensor
 
 
@@ -80,6 +81,7 @@ def slabs(
     autocast: torch.dtype | None = None,
     device: torch.device | None = None,
     clock: Clock | None = None,
+    in_bands: bool = False,
 ) -> Iterator[Slab]:
     """Predict a volume or picture, from one end of the outer axis to the other.
 
@@ -93,12 +95,13 @@ def slabs(
         autocast: Lower precision for the network, e.g. ``torch.bfloat16``; None leaves it as it is.
         device: Where the network is; None: where the image is. Else windows travel there and back.
         clock: Told how long the network computes.
+        in_bands: Hand rows on as soon as they are finished, which takes less memory, instead of whole planes.
 
     Yields:
-        All planes of the windows' box, in order, each once.
+        All planes of the windows' box, in order, each once. In bands, planes of the same rows come in order.
     """
     padded = windows.padded(image.unsqueeze(1 + windows.outer) if windows.is_picture else image)
-    blended = _Blended(windows, torch.tensor(background, device=image.device))
+    blended = _Blended(windows, torch.tensor(background, device=image.device), in_bands=in_bands)
     device, clock = device or image.device, clock or Clock()
     coming = (numbers for numbers in windows if numbers not in windows.empty)
     while batch := list(islice(coming, batch_size)):
@@ -107,10 +110,10 @@ def slabs(
             predicted = network(patches)  # (B, R, patch)
         del patches
         for n, numbers in enumerate(batch):
-            yield from blended.finished(windows.start(numbers))
+            yield from blended.finished(before=numbers)
             blended.add(numbers, predicted[n].to(image.device))
         del predicted  # or the next would be made beside it
-    yield from blended.finished(windows.axes[windows.outer].covered)
+    yield from blended.finished()
 
 
 def label_map(predicted: Iterable[Slab], labels: Labels, windows: Windows) -> Tensor:
@@ -120,62 +123,118 @@ def label_map(predicted: Iterable[Slab], labels: Labels, windows: Windows) -> Te
 
 
 class _Blended:
-    """The sums over the windows, as deep as one of them.
+    """The sums over the windows, in blocks: made when the first window touches them, handed on after the last.
 
-    The outer axis comes first in memory, so that planes are finished, moved and read in one piece. Windows come
-    without the empty ones, which are put in between: as if the network had seen nothing there.
+    Blocks begin where windows begin; along the outer axis, and behind the last window's first row, also where they end,
+    so that little is held that no window has touched. The outer axis comes first in memory: planes are read in one
+    piece. Windows come without the empty ones, which are put in between, as if the network had seen nothing there.
     """
 
-    def __init__(self, windows: Windows, background: Tensor) -> None:
+    def __init__(self, windows: Windows, background: Tensor, *, in_bands: bool) -> None:
         self.windows = windows
         self.background = background[:, None, None]
-        outer = windows.axes[windows.outer]
-        covered = [windows.axes[a].covered for a in windows.inner]
-        self.sums = torch.zeros((outer.written, len(background), *covered), device=background.device)
-        self.first = 0  # the plane of the padded box that the sums begin with
-        self.weights = [axis.weights.to(background.device) for axis in windows.axes]
+        self.in_bands = in_bands
+        self.order = (windows.outer, *windows.inner)
+        self.axes = [windows.axes[a] for a in self.order]
+        self.weights = [axis.weights.to(background.device) for axis in self.axes]
+        planes, rows, _ = self.axes
+        self.planes = _stretches({*planes.starts, *_ends(planes)})
+        behind = {end for end in _ends(rows) if end > rows.starts[-1]}
+        self.rows = _stretches({*rows.starts, *behind} if in_bands else {0, rows.covered})
+        self.next_layer = dict(pairwise((*planes.starts, planes.covered)))
+        self.blocks: dict[tuple[int, int], Tensor] = {}  # (P, R, A, B), by their first plane and row
         self.empty = deque(numbers for numbers in windows if numbers in windows.empty)
+        self.corner = 0, 0
 
-    def finished(self, before: int) -> Iterator[Slab]:
-        """The planes before the next window's first, which the sums begin with then."""
-        while self.empty and self.windows.start(self.empty[0]) < before:
+    def finished(self, before: Numbers | None = None) -> Iterator[Slab]:
+        """What no window touches any more when this one is the next; without one, all that is left."""
+        corner = self._corner(before) if before else (self.axes[0].covered, 0)
+        while self.empty and self._corner(self.empty[0]) < corner:
             numbers = self.empty.popleft()
-            yield from self._moved(self.windows.start(numbers))
-            self._add(numbers, self.background)
-        yield from self._moved(before)
+            yield from self._passed(self._corner(numbers))
+            self._add(numbers, [(slice(None), self.background)])
+        yield from self._passed(corner)
 
     def add(self, numbers: Numbers, patch: Tensor) -> None:
-        """Add a window that begins where the sums do, (R, patch)."""
-        for start in range(0, len(patch), CLASSES_AT_ONCE):
-            part = _outer_first(patch[start : start + CLASSES_AT_ONCE].float(), self.windows.outer)
-            self._add(numbers, part, start)
+        """Add a window, (R, patch)."""
+        groups = (slice(start, start + CLASSES_AT_ONCE) for start in range(0, len(patch), CLASSES_AT_ONCE))
+        self._add(numbers, ((group, _outer_first(patch[group].float(), self.windows.outer)) for group in groups))
 
-    def _moved(self, before: int) -> Iterator[Slab]:
-        count = before - self.first
-        if not count:
-            return
-        outer, *inner = (self.windows.axes[a].inside for a in (self.windows.outer, *self.windows.inner))
-        first, last = max(self.first, outer.start), min(before, outer.stop)
-        if first < last:
-            own = slice(first - self.first, last - self.first)
-            offset = self.windows.box[self.windows.outer].start - outer.start
-            yield Slab(first + offset, self.sums[own, :, inner[0], inner[1]])
-        for start in range(0, len(self.sums) - count, count):  # in pieces that do not overlap their new place
-            piece = self.sums[start + count : start + 2 * count]
-            self.sums[start : start + len(piece)] = piece
-        self.sums[max(0, len(self.sums) - count) :] = 0
-        self.first = before
+    def _corner(self, numbers: Numbers) -> tuple[int, int]:
+        """The plane and row that a window begins with; without bands, none is finished before its whole layer is."""
+        plane, row, _ = (axis.starts[numbers[a]] for axis, a in zip(self.axes, self.order, strict=True))
+        return plane, row if self.in_bands else 0
 
-    def _add(self, numbers: Numbers, values: Tensor, channel: int = 0) -> None:
-        """Add values (P, R, A, B), or some that are alike everywhere, to the channels from one on."""
-        windows = self.windows
-        depth, height, width = (self.weights[a][numbers[a]] for a in (windows.outer, *windows.inner))
-        rows, columns = (
-            slice(start, start + axis.written)
-            for axis, start in ((windows.axes[a], windows.axes[a].starts[numbers[a]]) for a in windows.inner)
-        )
+    def _passed(self, corner: tuple[int, int]) -> Iterator[Slab]:
+        """The blocks between the corner of the window before and that of the next."""
+        (plane, row), self.corner = self.corner, corner
+        last_row = corner[1] if corner[0] == plane else self.axes[1].covered
+        for rows in self.rows:
+            for planes in self.planes:
+                if row <= rows.start < last_row and plane <= planes.start < self.next_layer[plane]:
+                    yield from self._handed_on(planes, rows)
+
+    def _handed_on(self, planes: slice, rows: slice) -> Iterator[Slab]:
+        block = self.blocks.pop((planes.start, rows.start))
+        own = [_overlap(part, axis.inside) for part, axis in zip((planes, rows), self.axes, strict=False)]
+        if all(part.start < part.stop for part in own):
+            inside = block[_shifted(own[0], -planes.start), :, _shifted(own[1], -rows.start), self.axes[2].inside]
+            first, first_row = (
+                part.start - axis.inside.start + self.windows.box[a].start
+                for part, axis, a in zip(own, self.axes, self.order, strict=False)
+            )
+            yield Slab(first, first_row, inside)
+
+    def _add(self, numbers: Numbers, parts: Iterable[tuple[slice, Tensor]]) -> None:
+        """Add some channels' values (P, R, A, B), or one that they have everywhere, and then the others'."""
+        depth, height, width = (weights[numbers[a]] for weights, a in zip(self.weights, self.order, strict=True))
         weight = (depth[:, None, None] * height[:, None] * width)[:, None]  # (P, 1, A, B)
-        self.sums[:, channel : channel + values.shape[-3], rows, columns].addcmul_(values, weight)
+        planes, rows, columns = (
+            slice(axis.starts[numbers[a]], axis.starts[numbers[a]] + axis.written)
+            for axis, a in zip(self.axes, self.order, strict=True)
+        )
+        touched = list(self._touched(planes, rows))
+        for channels, values in parts:
+            values = values.expand(len(weight), -1, *weight.shape[2:])
+            for block, into, own in touched:
+                block[into[0], channels, into[1], columns].addcmul_(
+                    values[own[0], :, own[1]], weight[own[0], :, own[1]]
+                )
+
+    def _touched(self, planes: slice, rows: slice) -> Iterator[tuple[Tensor, tuple[slice, slice], tuple[slice, slice]]]:
+        """The blocks that a window lies in, where in them, and which part of it does."""
+        for of_planes in self.planes:
+            for of_rows in self.rows:
+                shared = _overlap(of_planes, planes), _overlap(of_rows, rows)
+                if all(part.start < part.stop for part in shared):
+                    into = _shifted(shared[0], -of_planes.start), _shifted(shared[1], -of_rows.start)
+                    own = _shifted(shared[0], -planes.start), _shifted(shared[1], -rows.start)
+                    yield self._block(of_planes, of_rows), into, own
+
+    def _block(self, planes: slice, rows: slice) -> Tensor:
+        """The block that begins there, at first with nothing in it."""
+        corner = planes.start, rows.start
+        if corner not in self.blocks:
+            size = (planes.stop - planes.start, len(self.background), rows.stop - rows.start, self.axes[2].covered)
+            self.blocks[corner] = torch.zeros(size, device=self.background.device)
+        return self.blocks[corner]
+
+
+def _ends(axis: Axis) -> list[int]:
+    return [start + axis.written for start in axis.starts]
+
+
+def _stretches(borders: Iterable[int]) -> list[slice]:
+    """What lies between the borders."""
+    return [slice(start, stop) for start, stop in pairwise(sorted(borders))]
+
+
+def _overlap(one: slice, other: slice) -> slice:
+    return slice(max(one.start, other.start), min(one.stop, other.stop))
+
+
+def _shifted(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
 
 
 def _outer_first(patch: Tensor, outer: int) -> Tensor:

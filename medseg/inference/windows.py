@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -160,9 +161,12 @@ class Windows:
         """The other axes."""
         return tuple(a for a in range(len(self.axes)) if a != self.outer)
 
-    def start(self, numbers: Numbers) -> int:
-        """The first plane along the outer axis that a window predicts, counted from the padding's first."""
-        return self.axes[self.outer].starts[numbers[self.outer]]
+    def num_held(self, *, in_bands: bool) -> int:
+        """Voxels whose logits are held at once, at the most, while `medseg.inference.sliding_window.slabs` passes."""
+        planes, rows, columns = (self.axes[a] for a in (self.outer, *self.inner))
+        (step, *_), (row_step, *_) = (np.diff((*axis.starts, axis.covered)).tolist() for axis in (planes, rows))
+        band = min(rows.covered, rows.written + row_step) if in_bands else rows.covered
+        return ((planes.written - step) * rows.covered + step * band) * columns.covered
 
     def read(self, numbers: Numbers) -> tuple[slice, ...]:
         """What a window takes of the padded image (C, I, J, K)."""

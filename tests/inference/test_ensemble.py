@@ -19,7 +19,7 @@ from medseg.build.model import find_model, find_models, predictor
 from medseg.data.transforms import Prepared
 from medseg.errors import ModelError
 from medseg.geometry import Geometry, Volume
-from medseg.inference.ensemble import Averaged, Member, as_logits, averaged, grouped, probabilities, voted
+from medseg.inference.ensemble import Averaged, Member, Strip, as_logits, averaged, grouped, probabilities, voted
 from medseg.inference.predictor import Predictor
 from medseg.labels import Labels
 from medseg.model import Intensity, ModelSpec, Preprocessing, Window, save_model
@@ -178,13 +178,16 @@ def test_mirrored_models_are_mirrored_each() -> None:
     torch.testing.assert_close(network(image), torch.stack(passes).mean(0))
 
 
-def test_planes_that_one_model_leaves_out_are_background_to_it() -> None:
+def test_strips_that_one_model_leaves_out_are_background_to_it() -> None:
     labels = labels_of(2, regions=False)
-    plane = torch.tensor([0.0, np.log(3)])[:, None, None].expand(2, 2, 3)
-    streams = [iter([(0, plane), (2, plane)]), iter([(2, plane), (3, plane)])]
-    found = dict(averaged(streams, [1, 3], labels))
-    chances = {number: float(probabilities(logits, labels)[1, 0, 0]) for number, logits in found.items()}
-    assert chances == pytest.approx({0: 0.75 / 4, 2: 0.75, 3: 0.75 * 3 / 4}, abs=1e-6)
+    logits = torch.tensor([0.0, np.log(3)])[:, None, None].expand(2, 2, 3)
+    places = [[(0, 0), (2, 0), (2, 2)], [(2, 0), (2, 2), (3, 0)]]
+    streams = [iter([Strip(*place, logits) for place in of_model]) for of_model in places]
+    found = {
+        (strip.number, strip.first_row): float(probabilities(strip.logits, labels)[1, 0, 0])
+        for strip in averaged(streams, [1, 3], labels)
+    }
+    assert found == pytest.approx({(0, 0): 0.75 / 4, (2, 0): 0.75, (2, 2): 0.75, (3, 0): 0.75 * 3 / 4}, abs=1e-6)
 
 
 @pytest.mark.parametrize("regions", [False, True])

@@ -5,7 +5,7 @@ from scipy import ndimage
 
 from medseg.data.transforms import preprocess
 from medseg.geometry import Geometry, Volume
-from medseg.inference.restore import resampled_planes
+from medseg.inference.restore import resampled
 from medseg.inference.sliding_window import Slab
 from medseg.labels import Labels
 from medseg.model import Intensity, Preprocessing
@@ -145,8 +145,7 @@ def test_regions_are_thresholded_in_their_order():
 
 def test_equal_grids_are_not_resampled():
     grid = scan_grid()
-    slab = Slab(0, random_logits(grid).transpose(0, 1))
+    slab = Slab(0, 0, random_logits(grid).transpose(0, 1))
     box = tuple(slice(0, n) for n in grid.shape)
-    planes = resampled_planes([slab], LABELS.background, box=box, grid=grid, target=grid, axis=0)
-    for number, plane in planes:
-        assert plane.data_ptr() == slab.planes[number].data_ptr()
+    for strip in resampled([slab], LABELS.background, box=box, grid=grid, target=grid, axis=0):
+        assert strip.logits.data_ptr() == slab.planes[strip.number, :, strip.first_row :].data_ptr()

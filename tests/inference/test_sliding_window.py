@@ -6,7 +6,9 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
-from medseg.inference.windows import window_starts
+from medseg.inference.sliding_window import _Blended as Blended
+from medseg.inference.sliding_window import slabs
+from medseg.inference.windows import Windows, window_starts
 from medseg.model import Window
 from medseg.nets.slices import OnSlices
 
@@ -39,8 +41,29 @@ def test_a_pointwise_network_gives_the_same_in_windows_as_at_once(shape, overlap
     volume = image(2, *shape)
     window = Window((8, 6, 10), overlap=overlap, weighting=weighting)
     logits = sliding_window(volume, Pointwise(), window, num_outputs=3, batch_size=3)
+    in_bands = sliding_window(volume, Pointwise(), window, num_outputs=3, batch_size=2, in_bands=True)
+    torch.testing.assert_close(in_bands, logits)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, Pointwise()(volume[None])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_bands", [False, True])
+@pytest.mark.parametrize("shape", [(64, 48, 90), (30, 90, 33), (16, 20, 20)])
+def test_no_more_is_held_than_the_plan_says(shape, in_bands, monkeypatch):
+    held = []
+
+    def counting(blended: Blended, *block: slice) -> Tensor:
+        made = block_of(blended, *block)
+        held.append(sum(block.numel() for block in blended.blocks.values()))
+        return made
+
+    block_of = Blended._block
+    monkeypatch.setattr(Blended, "_block", counting)
+    windows = Windows.over(shape, Window((16, 16, 16)))
+    passed = slabs(image(1, *shape), lambda x: x, windows, background=[0.0], in_bands=in_bands)
+    for slab in passed:
+        del slab
+    assert 0.85 < max(held) / windows.num_held(in_bands=in_bands) <= 1
 
 
 @pytest.mark.parametrize("weighting", ["gaussian", "constant"])
