@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SIGNS = ("out of memory", "allocate memory", "MemoryError", "bad_alloc", "ALLOC_FAILED")
 """In what torch, NumPy and CUDA say, also of a worker process, whose errors arrive as text."""
@@ -19,6 +24,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
     )
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory of a GPU that nothing has taken yet, or that torch has but does not use; the host's is not asked for."""
+    import torch
+
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def asked_for(error: BaseException) -> str:

@@ -94,18 +94,23 @@ def plan_of(spec: ModelSpec, source: Geometry, cost: WindowCost, *, batch_size: 
         on_gpu: Whether the network is on a GPU, and the logits are put together there.
     """
     grid = spec.preprocessing.geometry(source)
-    windows = Windows.over(grid.shape, spec.window)
-    outputs = spec.labels.num_outputs
-    target = Place(source, spec.preprocessing.orientation, windows.outer).target
-    held = windows.num_held(in_bands=has_bands(solid(grid), target)) + 2 * _plane(grid, windows.outer)
-    logits = FLOAT_BYTES * outputs * held + STRIP_BYTES["cuda" if on_gpu else "cpu"]
+    num_windows = len(Windows.over(grid.shape, spec.window))
     channels = len(spec.channels)
     image = FLOAT_BYTES * channels * grid.num_voxels
     scan = (SOURCE_BYTES * channels + spec.labels.dtype().itemsize) * source.num_voxels
     host = scan + 2 * image  # the next one is read meanwhile
-    work = logits + cost.num_bytes
-    batches = -(-len(windows) // batch_size)
-    return Plan(len(windows), batches * cost.seconds, host + (0 if on_gpu else work), image + work if on_gpu else 0)
+    work = logits_bytes(spec, source, on_gpu=on_gpu) + cost.num_bytes
+    seconds = -(-num_windows // batch_size) * cost.seconds
+    return Plan(num_windows, seconds, host + (0 if on_gpu else work), image + work if on_gpu else 0)
+
+
+def logits_bytes(spec: ModelSpec, source: Geometry, *, on_gpu: bool) -> int:
+    """What is held of the logits at once, at the most, where they are put together."""
+    grid = spec.preprocessing.geometry(source)
+    windows = Windows.over(grid.shape, spec.window)
+    target = Place(source, spec.preprocessing.orientation, windows.outer).target
+    voxels = windows.num_held(in_bands=has_bands(solid(grid), target)) + 2 * _plane(grid, windows.outer)
+    return FLOAT_BYTES * spec.labels.num_outputs * voxels + STRIP_BYTES["cuda" if on_gpu else "cpu"]
 
 
 def _plane(grid: Geometry, axis: int) -> int:

@@ -21,7 +21,7 @@ from medseg.data.transforms import Prepared, preprocess
 from medseg.errors import DataError
 from medseg.geometry import Geometry, Volume
 from medseg.inference.ensemble import Averaged, Member, Strips, averaged, grouped, voted
-from medseg.inference.plan import Plan, WindowCost, plan_of, window_cost
+from medseg.inference.plan import Plan, WindowCost, logits_bytes, plan_of, window_cost
 from medseg.inference.postprocess import check_steps, postprocess
 from medseg.inference.restore import (
     PICTURE_AXIS,
@@ -38,7 +38,7 @@ from medseg.inference.tta import Mirrored
 from medseg.inference.uncertainty import Uncertainty, Votes
 from medseg.inference.warmup import MIN_WINDOWS, lay_out
 from medseg.inference.windows import Windows
-from medseg.memory import is_out_of_memory
+from medseg.memory import free_bytes, is_out_of_memory
 from medseg.model import ModelSpec, Preprocessing
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -114,11 +114,18 @@ class Way:
         return f"{self.batch_size} window{'s' * (self.batch_size > 1)} at once on {self.device}{sums}"
 
 
-def ways(device: torch.device, batch_size: int) -> tuple[Way, ...]:
-    """How to predict, from the fastest way to the one that needs least memory, or least of the GPU's."""
+def ways(device: torch.device, batch_size: int, *, logits_fit: bool = True) -> tuple[Way, ...]:
+    """How to predict, from the fastest way to the one that needs least memory, or least of the GPU's.
+
+    Args:
+        device: Where the network is at best.
+        batch_size: Windows at once at best.
+        logits_fit: Whether the device has room for what is held of the logits.
+    """
     cpu = torch.device("cpu")
-    found = [Way(batch_size, device, device), Way(1, device, device), Way(1, device, cpu), Way(1, cpu, cpu)]
-    return tuple(dict.fromkeys(found))
+    together = [Way(batch_size, device, device), Way(1, device, device)]
+    apart = [Way(1, device, cpu)] if logits_fit else [Way(batch_size, device, cpu), Way(1, device, cpu)]
+    return tuple(dict.fromkeys([*(together if logits_fit else []), *apart, Way(1, cpu, cpu)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +201,6 @@ class Predictor:
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         on_slices = all(part.spec.spatial_dims == 2 for part in self._parts)
         self.batch_size = batch_size or (SLICES_AT_ONCE if on_slices else 1)
-        self._ways = ways(self.device, self.batch_size)
         self._steps = check_steps(self.spec.postprocess, spec.labels)
         self._is_laid_out = False
         self._costs: dict[_Part, WindowCost] = {}
@@ -313,7 +319,8 @@ class Predictor:
 
     def _segmented(self, prepared: Prepared, wanted: Wanted) -> Segmentation:
         """What the network says, in the first of the ways that memory suffices for."""
-        for way, easier in pairwise(self._ways):
+        possible = ways(self.device, self.batch_size, logits_fit=self._logits_fit(prepared))
+        for way, easier in pairwise(possible):
             try:
                 return self._predicted(prepared, way, wanted)
             except (MemoryError, RuntimeError) as error:
@@ -322,7 +329,22 @@ class Predictor:
             log.warning("W-MEMORY %s: out of memory with %s; going on with %s", prepared.name, way, easier)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return self._predicted(prepared, self._ways[-1], wanted)
+        return self._predicted(prepared, possible[-1], wanted)
+
+    def _logits_fit(self, prepared: Prepared) -> bool:
+        """Whether a GPU has room for a scan and its logits; whether the network has beside them is found by trying."""
+        on_gpu = self.device.type == "cuda"
+        needed = sum(logits_bytes(part.spec, prepared.source, on_gpu=on_gpu) for part in self._parts)
+        needed += sum(seen.image.nbytes for seen in (prepared, *prepared.others))
+        fit = needed < free_bytes(self.device)
+        if not fit:
+            log.info(
+                "%s: %.1f GB of logits are put together on the host, not on %s",
+                prepared.name,
+                needed / 1e9,
+                self.device,
+            )
+        return fit
 
     def _predicted(self, prepared: Prepared, way: Way, wanted: Wanted) -> Segmentation:
         every = self._windows(prepared)
@@ -347,7 +369,7 @@ class Predictor:
 
     def plan(self, source: Geometry) -> Plan:
         """What a scan on this grid will take; the first call computes some windows to find out."""
-        way, total = self._ways[0], Plan(0, 0.0, 0, 0)
+        way, total = Way(self.batch_size, self.device, self.device), Plan(0, 0.0, 0, 0)
         for part in self._parts:
             if part not in self._costs:
                 shape = part.batch_shape(way.batch_size)

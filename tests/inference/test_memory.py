@@ -76,6 +76,23 @@ def test_a_gpu_is_relieved_step_by_step_and_left_last():
     assert len(ways(cpu, 4)) == 2 and len(ways(cpu, 1)) == 1
 
 
+def test_logits_that_a_gpu_has_no_room_for_are_put_together_on_the_host_from_the_start():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    found = [(way.batch_size, way.device, way.sums_on) for way in ways(gpu, 4, logits_fit=False)]
+    assert found == [(4, gpu, cpu), (1, gpu, cpu), (1, cpu, cpu)]
+
+
+def test_what_a_gpu_has_room_for_is_asked_before_a_scan_is_predicted(prepared, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    free = 1 << 30
+    monkeypatch.setattr("medseg.inference.predictor.free_bytes", lambda device: free)
+    predictor = Predictor(SPEC, Bright(room=4), batch_size=4)
+    assert predictor._logits_fit(prepared) and not caplog.messages
+    free = 1 << 10
+    assert not predictor._logits_fit(prepared)
+    assert caplog.messages == ["scan.nii.gz: 0.0 GB of logits are put together on the host, not on cpu"]
+
+
 SMALL_ROOM = """\
 import logging, resource, sys, threading
 import numpy as np, torch
