@@ -85,6 +85,17 @@ def test_a_folder_of_scans_becomes_a_folder_of_segmentations_on_their_grids(mode
     json.dumps(result)
 
 
+@pytest.mark.parametrize(
+    ("said", "tta", "mirrored"),
+    [((), None, ()), ((), True, (0, 1, 2)), ((0,), None, (0,)), ((0,), True, (0,)), ((0,), False, ())],
+)
+def test_mirroring_is_along_the_axes_that_the_model_names(model, tmp_path, said, tta, mirrored):
+    spec, weights = load_model(Path(model, "model"))
+    window = replace(spec.window, mirror_axes=said)
+    save_model(tmp_path / "other", replace(spec, window=window), weights)
+    assert predictor(str(tmp_path / "other"), tta=tta).spec.window.mirror_axes == mirrored
+
+
 @pytest.mark.parametrize("format", ["nrrd", "mha"])
 def test_segmentations_are_written_in_the_format_asked_for(model, scans, tmp_path, format):
     predict(model, [scans / "case_0.nii.gz"], output=tmp_path / "out", format=format)
