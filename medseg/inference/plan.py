@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from medseg.geometry import Geometry
-from medseg.inference.restore import STRIP_BYTES, Place, has_bands, solid
+from medseg.inference.resampling import STRIP_BYTES, has_bands
+from medseg.inference.restore import Place, solid
 from medseg.inference.windows import Windows
 from medseg.model import ModelSpec
 

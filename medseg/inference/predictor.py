@@ -23,16 +23,8 @@ from medseg.geometry import Geometry, Volume
 from medseg.inference.ensemble import Averaged, Member, Strips, averaged, grouped, voted
 from medseg.inference.plan import Plan, WindowCost, logits_bytes, plan_of, window_cost
 from medseg.inference.postprocess import check_steps, postprocess
-from medseg.inference.restore import (
-    PICTURE_AXIS,
-    Place,
-    has_bands,
-    mirrored,
-    resampled,
-    restored,
-    room_for_probabilities,
-    solid,
-)
+from medseg.inference.resampling import has_bands, mirrored, resampled
+from medseg.inference.restore import PICTURE_AXIS, Place, restored, room_for_probabilities, solid
 from medseg.inference.sliding_window import Clock, slabs
 from medseg.inference.tta import Mirrored
 from medseg.inference.uncertainty import Uncertainty, Votes

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from medseg.geometry import Geometry
 from medseg.inference.plan import WindowCost, plan_of, window_cost
-from medseg.inference.restore import STRIP_BYTES
+from medseg.inference.resampling import STRIP_BYTES
 from medseg.inference.windows import Windows
 from medseg.labels import Labels
 from medseg.model import ModelSpec, Preprocessing, Window

@@ -5,7 +5,7 @@ from scipy import ndimage
 
 from medseg.data.transforms import preprocess
 from medseg.geometry import Geometry, Volume
-from medseg.inference.restore import resampled
+from medseg.inference.resampling import resampled
 from medseg.inference.sliding_window import Slab
 from medseg.labels import Labels
 from medseg.model import Intensity, Preprocessing

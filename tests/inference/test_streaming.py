@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medseg.data.transforms import Prepared
 from medseg.geometry import Geometry
 from medseg.inference.predictor import Predictor
-from medseg.inference.restore import STRIP_BYTES
+from medseg.inference.resampling import STRIP_BYTES
 from medseg.inference.windows import window_starts
 from medseg.labels import Labels
 from medseg.model import Intensity, ModelSpec, Preprocessing, Window

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from medseg.geometry import Geometry, Volume
-from medseg.inference.restore import PICTURE_AXIS, Place, resampled, restored, room_for_probabilities, solid
+from medseg.inference.resampling import resampled
+from medseg.inference.restore import PICTURE_AXIS, Place, restored, room_for_probabilities, solid
 from medseg.inference.sliding_window import Slab, slabs
 from medseg.inference.windows import Windows
 from medseg.labels import Labels
