@@ -193,15 +193,20 @@ class Labels:
 
 
 def _argmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """``logits.argmax(dim=1)``, ten times as fast: torch's own strides through memory from class to class."""
+    """``logits.argmax(dim=1)``; on a CPU ten times as fast: torch's own strides through memory from class to class."""
     import torch
 
-    best = logits[:, 0].clone()
-    label = torch.zeros(best.shape, dtype=dtype, device=logits.device)
-    for value in range(1, logits.shape[1]):
-        torch.maximum(label, (logits[:, value] > best).to(dtype) * value, out=label)
-        torch.maximum(best, logits[:, value], out=best)
-    return label
+    if logits.device.type != "cpu":
+        return logits.argmax(1).to(dtype)
+    first, *others = (channel.float().numpy() for channel in logits.detach().unbind(1))
+    best, label = first.copy(), np.zeros(first.shape, np.uint8 if dtype is torch.uint8 else np.int16)
+    higher, mine = np.empty(first.shape, bool), np.empty_like(label)
+    for value, channel in enumerate(others, start=1):
+        np.greater(channel, best, out=higher)
+        np.multiply(higher.view(np.uint8), value, out=mine, dtype=label.dtype)
+        np.maximum(label, mine, out=label)
+        np.maximum(best, channel, out=best)
+    return torch.from_numpy(label)
 
 
 def _own_values(regions: Mapping[str, tuple[int, ...]]) -> list[int]:

@@ -22,6 +22,9 @@ from medseg.labels import Labels
 CLASSES_AT_ONCE = 8
 """Channels of a window that are turned round at once, so that no second copy of a window is held."""
 
+Part = tuple[int, slice, Tensor]
+"""Some planes and channels of a window: the first plane, which channels, and their values (P, R, A, B), float32."""
+
 
 @dataclass(frozen=True)
 class Slab:
@@ -152,13 +155,12 @@ class _Blended:
         while self.empty and self._corner(self.empty[0]) < corner:
             numbers = self.empty.popleft()
             yield from self._passed(self._corner(numbers))
-            self._add(numbers, [(slice(None), self.background)])
+            self._add(numbers, [(0, slice(None), self.background.expand(self.axes[0].written, -1, 1, 1))])
         yield from self._passed(corner)
 
     def add(self, numbers: Numbers, patch: Tensor) -> None:
         """Add a window, (R, patch)."""
-        groups = (slice(start, start + CLASSES_AT_ONCE) for start in range(0, len(patch), CLASSES_AT_ONCE))
-        self._add(numbers, ((group, _outer_first(patch[group].float(), self.windows.outer)) for group in groups))
+        self._add(numbers, _parts(patch, self.windows.outer))
 
     def _corner(self, numbers: Numbers) -> tuple[int, int]:
         """The plane and row that a window begins with; without bands, none is finished before its whole layer is."""
@@ -185,8 +187,8 @@ class _Blended:
             )
             yield Slab(first, first_row, inside)
 
-    def _add(self, numbers: Numbers, parts: Iterable[tuple[slice, Tensor]]) -> None:
-        """Add some channels' values (P, R, A, B), or one that they have everywhere, and then the others'."""
+    def _add(self, numbers: Numbers, parts: Iterable[Part]) -> None:
+        """Add a window, part by part."""
         depth, height, width = (weights[numbers[a]] for weights, a in zip(self.weights, self.order, strict=True))
         weight = (depth[:, None, None] * height[:, None] * width)[:, None]  # (P, 1, A, B)
         planes, rows, columns = (
@@ -194,12 +196,15 @@ class _Blended:
             for axis, a in zip(self.axes, self.order, strict=True)
         )
         touched = list(self._touched(planes, rows))
-        for channels, values in parts:
-            values = values.expand(len(weight), -1, *weight.shape[2:])
+        for first, channels, values in parts:
+            values = values.expand(-1, -1, *weight.shape[2:])
+            part = slice(first, first + len(values))
             for block, into, own in touched:
-                block[into[0], channels, into[1], columns].addcmul_(
-                    values[own[0], :, own[1]], weight[own[0], :, own[1]]
-                )
+                shared = _overlap(part, own[0])
+                if shared.start < shared.stop:
+                    block[_shifted(shared, into[0].start - own[0].start), channels, into[1], columns].addcmul_(
+                        values[_shifted(shared, -first), :, own[1]], weight[shared, :, own[1]]
+                    )
 
     def _touched(self, planes: slice, rows: slice) -> Iterator[tuple[Tensor, tuple[slice, slice], tuple[slice, slice]]]:
         """The blocks that a window lies in, where in them, and which part of it does."""
@@ -235,6 +240,21 @@ def _overlap(one: slice, other: slice) -> slice:
 
 def _shifted(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
+
+
+def _parts(patch: Tensor, outer: int) -> Iterator[Part]:
+    """A patch (R, I, J, K) as parts, of which each fits a processor's cache: by classes, or where they come last by planes."""
+    channels = len(patch)
+    if patch.device.type != "cpu":
+        yield 0, slice(None), patch.movedim(outer + 1, 0).float()
+    elif patch.stride(0) == 1 < channels:
+        for number, plane in enumerate(patch.movedim(outer + 1, 0).movedim(1, -1)):  # (A, B, R)
+            turned = plane.reshape(-1, channels).float().t().contiguous()  # a matrix, which torch turns in blocks
+            yield number, slice(None), turned.reshape(1, channels, *plane.shape[:2])
+    else:
+        for first in range(0, channels, CLASSES_AT_ONCE):
+            group = slice(first, first + CLASSES_AT_ONCE)
+            yield 0, group, _outer_first(patch[group].float(), outer)
 
 
 def _outer_first(patch: Tensor, outer: int) -> Tensor:
