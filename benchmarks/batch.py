@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -27,11 +28,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+
+from medseg.files import is_running
 
 OVER = {"ledger.db", "summary.csv", ".lock", "slurm"}
 LOAD_S = 240.0
@@ -131,9 +134,20 @@ def ask(output: Path, query: str) -> list[tuple]:
 
 
 def workers(output: Path) -> list[int]:
-    """The processes that have a case in hand."""
+    """The processes that have a case in hand, and are alive."""
     names = [name for (name,) in ask(output, "SELECT DISTINCT worker FROM cases WHERE state = 'running'")]
-    return [int(name.split(":")[1]) for name in names if name.count(":") == 2]
+    return [pid for name in names if is_running(pid := int(name.split(":")[1]))]
+
+
+def parent(pid: int) -> int:
+    """The process that started another one."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def shoot(pid: int, num_shots: int, executor: str) -> None:
+    """Kill a worker; on a cluster every second time the actor or task that watches over it, from two processes above."""
+    with suppress(ProcessLookupError, FileNotFoundError):  # it has died of another shot meanwhile
+        os.kill(pid if executor == "local" or num_shots % 2 else parent(parent(pid)), signal.SIGKILL)
 
 
 def ended(output: Path) -> int:
@@ -147,8 +161,10 @@ def disturbed(words: list[str], output: Path, total: int, options: argparse.Name
     shots = sorted(draw.uniform(0.02, 0.85) * total for _ in range(options.kills))
     ends = [total * (n + 1) / (options.command_kills + 1.5) for n in range(options.command_kills)]
     num_shots = num_ends = 0
+    told = output.with_suffix(".json")
     while True:
-        process = subprocess.Popen(words + (["--resume"] if num_ends else []), stdout=subprocess.PIPE, text=True)
+        with told.open("w") as stream:  # no pipe, which tasks that outlive the command would hold open
+            process = subprocess.Popen(words + (["--resume"] if num_ends else []), stdout=stream)
         heard = time.monotonic()
         while process.poll() is None:
             time.sleep(draw.uniform(0.01, 0.1))
@@ -161,24 +177,30 @@ def disturbed(words: list[str], output: Path, total: int, options: argparse.Name
             if there:
                 heard = time.monotonic()
             if there and num_shots < len(shots) and done >= shots[num_shots]:
-                os.kill(draw.choice(there), signal.SIGKILL)
+                shoot(draw.choice(there), num_shots, options.executor)
                 num_shots += 1
             if time.monotonic() > heard + LOAD_S:
                 process.kill()
                 raise SystemExit("nothing goes on")
-        told, _ = process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            return json.loads(told), num_shots, num_ends
+        if process.wait() != -signal.SIGKILL:
+            return json.loads(told.read_text()), num_shots, num_ends
 
 
-def share_in_network(output: Path, num_workers: int) -> str:
-    """The network's time by the workers' wall time, after the first case."""
-    rows = ask(output, "SELECT told FROM cases WHERE state = 'done' ORDER BY position")
-    seconds = [json.loads(told).get("network_seconds") for (told,) in rows]
-    times = [at for (at,) in ask(output, "SELECT at FROM log WHERE event = 'done' ORDER BY at")]
-    if None in seconds or len(times) < 2:
-        return "not told"
-    return f"{sum(seconds[1:]) / (num_workers * (times[-1] - times[0])):.2f}"
+def share_in_network(output: Path) -> float | None:
+    """The networks' time by the workers' wall time, from each one's first case to the end of the last; None: not told."""
+    rows = ask(
+        output,
+        "SELECT log.at, log.worker, told FROM cases JOIN log USING (id) WHERE event = 'done' AND state = 'done' ORDER BY at",
+    )
+    ended: dict[str, float] = {}
+    network = wall = 0.0
+    for at, worker, told in rows:
+        if worker not in ended:
+            ended[worker] = at
+            wall += rows[-1][0] - at
+        else:
+            network += json.loads(told).get("network_seconds", math.nan)
+    return network / wall if wall and math.isfinite(network) else None
 
 
 def main() -> None:
@@ -223,7 +245,8 @@ def main() -> None:
         }
         print(f"{len(good)} good and {len(bad)} bad scans, {options.workers} workers, {options.executor}")
         print(f"undisturbed {first:.0f} s, {60 * len(good) / first:.1f} scans a minute with the start; ", end="")
-        print(f"share of the wall time in the network {share_in_network(plain, options.workers)}")
+        share = share_in_network(plain)
+        print(f"share of the wall time in the network {'not told' if share is None else f'{share:.2f}'}")
         print(f"disturbed {second:.0f} s: {num_shots} workers and {num_ends} commands killed; ", end="")
         print(f"{recovered} commits recovered from files that were there")
         for what, holds in checks.items():

@@ -175,10 +175,7 @@ def nnunet_side(options: argparse.Namespace, *, by_torch: bool = False) -> Calla
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
     _ = manager.image_reader_writer_class, configuration.preprocessor_class  # found by importing all there are
-    network = model(options)
-    for weights in network.parameters():
-        if weights.ndim == 5:
-            weights.data = weights.data.transpose(2, 4).contiguous()  # it keeps scans as (z, y, x)
+    network = turned(model(options))
     predictor = nnUNetPredictor(
         tile_step_size=0.5, use_gaussian=True, use_mirroring=False, device=torch.device(options.device),
         perform_everything_on_device=options.device == "cuda", allow_tqdm=False,
@@ -192,6 +189,14 @@ def nnunet_side(options: argparse.Namespace, *, by_torch: bool = False) -> Calla
         predictor.predict_from_files_sequential([[str(options.file)]], [output])
 
     return run
+
+
+def turned(network: Any) -> Any:
+    """The network with its kernels' axes swapped: nnU-Net keeps scans as (z, y, x)."""
+    for weights in network.parameters():
+        if weights.ndim == 5:
+            weights.data = weights.data.transpose(2, 4).contiguous()
+    return network
 
 
 def nnunet_plans(options: argparse.Namespace, *, by_torch: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -269,14 +274,14 @@ def agreement(file: Path, reference: Path) -> str:
     return f"{np.mean(np.asarray(found.dataobj) == np.asarray(expected.dataobj)):.2%} as medseg"
 
 
-def make_scan(shape: list[int], spacing_mm: list[float], file: Path) -> None:
-    """A phantom of this size, as RAS in its file."""
+def make_scan(shape: list[int], spacing_mm: list[float], file: Path, *, number: int = 0) -> None:
+    """A phantom of this size, as RAS in its file; another one for each number."""
     import nibabel
 
     from medseg.data.phantom.cases import ct_case
     from medseg.data.volume_io import write_volume
 
-    write_volume(file, ct_case(0, tuple(shape), spacing_mm=tuple(spacing_mm)).image)  # type: ignore[arg-type]
+    write_volume(file, ct_case(number, tuple(shape), spacing_mm=tuple(spacing_mm)).image)  # type: ignore[arg-type]
     image = nibabel.load(file)
     nibabel.save(nibabel.as_closest_canonical(nibabel.Nifti1Image(np.asarray(image.dataobj), image.affine)), file)
 
