@@ -184,6 +184,9 @@ def predict(
     force: Annotated[
         bool, typer.Option("--force", help="Begin anew, and overwrite; take scans of any modality.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Of several scans, make a page of all in the end.")
+    ] = True,
     dry_run: DryRun = False,
     uri: TrackingUri = None,
     as_json: AsJson = False,
@@ -213,6 +216,7 @@ def predict(
             slurm=_pairs(slurm or [], "--slurm"),
             resume=resume,
             force=force,
+            report=report,
             dry_run=dry_run,
             tracking_uri=uri,
         )

@@ -61,11 +61,15 @@ def sha256_of(path: Path) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine exists."""
+    """Whether a process of this machine exists, and has not ended with nobody to take note, as in a container."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
         return True
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # this is no Linux, or it has ended just now
+        return True
+    return state != "Z"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from medseg.batch.ledger import Job, Ledger, only_writer, worker_name
+from medseg.batch.isolated import isolated
+from medseg.batch.ledger import LEDGER, Job, Ledger, only_writer, worker_name
 from medseg.batch.local import places, run_local
 from medseg.batch.progress import watched
 from medseg.batch.worker import Place, work
@@ -24,8 +24,10 @@ from medseg.data.volume_io import WRITABLE_SUFFIXES, read_geometry, write_volume
 from medseg.display import track
 from medseg.errors import DataError, MedsegError, Problems, WorkflowError
 from medseg.files import remove_leftovers, temporary_path
-from medseg.model import Crop
-from medseg.reporting.prediction import SUMMARY, write_summary
+from medseg.metrics.volume import organ_volumes, volumes_by_value
+from medseg.model import Crop, load_spec
+from medseg.reporting.page import REPORT
+from medseg.reporting.prediction import SUMMARY, summary_row, write_summary
 from medseg.tracking.models import is_registered, model_folder
 from medseg.training.signals import ending_work
 
@@ -36,10 +38,15 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 Executor = Literal["here", "local", "ray", "slurm"]
 
-LEDGER = "ledger.db"
-"""In the output folder: the list of its cases, see `medseg.batch.ledger`."""
+_MOST_READ = 50
+"""Label maps that are read for the page, where the ledger does not tell their volumes as their worker was killed."""
 
-_TOLD = ("windows", "windows_in_air", "network_seconds", "uncertainty", "uncertainties", "agreement")
+_PRELOAD = ("medseg.build.model",)
+"""What takes long to import, done once for all processes of a batch."""
+
+_TOLD = (
+    "windows", "windows_in_air", "network_seconds", "volumes", "unit", "uncertainty", "uncertainties", "agreement",
+)  # fmt: skip
 """What an entry says of a segmentation besides its seconds, where it is known."""
 
 log = logging.getLogger("medseg")
@@ -66,6 +73,7 @@ def predict(
     slurm: Mapping[str, str] | None = None,
     resume: bool = False,
     force: bool = False,
+    report: bool = False,
     dry_run: bool = False,
     tracking_uri: str | None = None,
 ) -> Result:
@@ -97,13 +105,15 @@ def predict(
         resume: Go on with what an earlier call began with the same model and options, and pass over cases whose
             segmentation is there.
         force: Begin anew, overwrite segmentations that are there, and segment scans of another modality than the model's.
+        report: Of several scans, make a page in the end, see `medseg.reporting.batch_page`; one that fails is only told.
         dry_run: Load the model, say what would be segmented, and stop.
         tracking_uri: Where to look for run ids.
 
     Returns:
         ``done`` (each with case, input, output, seconds, and what else is known: windows, windows_in_air,
-        network_seconds, uncertainty, uncertainties, agreement), ``failed`` (case, input, error_id, message), ``skipped`` (ids that `resume`
-        passed over), ``seconds``, and ``summary``, the table of all cases; of a dry run ``planned`` instead, with
+        network_seconds, volumes of the organs with their unit, uncertainty, uncertainties, agreement), ``failed``
+        (case, input, error_id, message), ``skipped`` (ids that `resume` passed over), ``seconds``, ``summary``, the
+        table of all cases, and ``report``, their page, if there is one; of a dry run ``planned`` instead, with
         windows, seconds in the network and gigabytes of each.
 
     Raises:
@@ -143,13 +153,18 @@ def predict(
     with only_writer(output), _no_leftovers(output):
         ledger = Ledger.resume(output / LEDGER, jobs, options) if resume else None
         if ledger is None:
-            ledger = Ledger.begin(output / LEDGER, jobs, options | {"any_modality": force}, keep=resume)
+            told = {"any_modality": force, "models": _absolute(models)}
+            ledger = Ledger.begin(output / LEDGER, jobs, options | told, keep=resume)
         loading = replace(loading, any_modality=ledger.options["any_modality"])
         there = {row["id"] for row in ledger.rows(jobs) if row["state"] == "done"}
         with watched(ledger):
             _run(ledger, loading, len(jobs) - len(there), executor, workers, address, slurm or {})
-        rows = ledger.rows(jobs)
-        write_summary(output / SUMMARY, [_summary_row(job, row) for job, row in zip(jobs, rows, strict=True)])
+        rows = [
+            summary_row(job.id, job.images[0], job.files[0], row)
+            for job, row in zip(jobs, ledger.rows(jobs), strict=True)
+        ]
+        write_summary(output / SUMMARY, rows)
+        page = _page(_Page(output, models[0], tracking_uri, jobs, rows)) if report and len(jobs) > 1 else None
     result: Result = {"done": [], "failed": [], "skipped": []}
     for job, row in zip(jobs, rows, strict=True):
         if row["id"] in there:
@@ -159,7 +174,8 @@ def predict(
             result["done"].append(_entry(job) | {"output": str(job.files[0]), "seconds": row["seconds"]} | told)
         else:
             result["failed"].append(_entry(job) | {"error_id": row["error_id"], "message": row["message"]})
-    return {**result, "seconds": round(time.monotonic() - started, 2), "summary": str(output / SUMMARY)}
+    result |= {"seconds": round(time.monotonic() - started, 2), "summary": str(output / SUMMARY)}
+    return result | ({"report": str(page)} if page else {})
 
 
 def _run(
@@ -181,13 +197,14 @@ def _run(
         if executor == "ray":
             from medseg.batch.ray_executor import run_ray
 
-            run_ray(ledger, loading, loading.device, num_workers=workers or 1, address=address)
+            run_ray(ledger, loading, loading.device, num_workers=workers or 1, address=address, preload=_PRELOAD)
         elif executor == "slurm":
             from medseg.batch.slurm_executor import run_slurm
 
-            run_slurm(ledger, loading, Place(loading.device), num_workers=workers or 1, options=slurm)
+            place, number = Place(loading.device), workers or 1
+            run_slurm(ledger, loading, place, num_workers=number, options=slurm, preload=_PRELOAD)
         else:
-            run_local(ledger, loading, places(loading.device, workers, num_jobs), preload=["medseg.build.model"])
+            run_local(ledger, loading, places(loading.device, workers, num_jobs), preload=_PRELOAD)
 
 
 @dataclass(frozen=True)
@@ -256,29 +273,34 @@ class _Segmenter:
                 with_uncertainty=self.wanted["uncertainty"],
                 with_entropy=self.wanted["entropy"],
             )
-        except BaseException as error:
+        except OSError as error:
             if room:
-                room.unlink(missing_ok=True)
-                if isinstance(error, OSError):
-                    error.filename = str(job.files[1])  # rather than a name that nobody knows
+                error.filename = str(job.files[1])  # rather than a name that nobody knows
             raise
+        finally:
+            if room:
+                room.unlink(missing_ok=True)  # which the array keeps in being as long as it needs it
 
     def write(self, job: Job, found: Segmentation) -> Result:
         label, *others = job.files  # the label map last, as the sign that the case is complete
         for file, volume in zip(others, filter(None, (found.probabilities, found.entropy)), strict=True):
             write_volume(file, volume)
-        if found.probabilities and isinstance(found.probabilities.array.base, np.memmap):
-            Path(str(found.probabilities.array.base.filename)).unlink()
         write_volume(label, found.label)
         told: Result = {
             "windows": found.num_windows,
             "windows_in_air": found.num_in_air,
             "network_seconds": round(found.network_seconds, 3),
+            **self._volumes(found),
         }
         if found.uncertainty is not None:
             told |= {"uncertainty": found.uncertainty, "uncertainties": found.uncertainties}
             told |= {"agreement": found.agreement} if found.agreement is not None else {}
         return told
+
+    def _volumes(self, found: Segmentation) -> Result:
+        by_value, unit = volumes_by_value(found.label)
+        volumes = organ_volumes(by_value, self.predictor.spec.labels)
+        return {"volumes": {organ: round(size, 6) for organ, size in volumes.items()}, "unit": unit}
 
     def plan(self, job: Job) -> Result:
         """What a case will take, or why it cannot be done."""
@@ -298,9 +320,69 @@ def _entry(job: Job) -> Result:
     return {"case": job.id, "input": str(job.images[0])}
 
 
-def _summary_row(job: Job, row: Result) -> Result:
-    peak_mb = round(row["peak_bytes"] / 1e6) if row["peak_bytes"] else None
-    return row | _entry(job) | {"output": str(job.files[0]) if row["state"] == "done" else None, "peak_mb": peak_mb}
+@dataclass(frozen=True)
+class _Page:
+    """What the page of a batch is made from.
+
+    Args:
+        output: The folder of the segmentations.
+        model: Names the labels.
+        tracking_uri: Where to look for it.
+        jobs: All cases.
+        rows: What is known of each, see `summary_row`.
+    """
+
+    output: Path
+    model: str
+    tracking_uri: str | None
+    jobs: Sequence[Job]
+    rows: Sequence[Result]
+
+    def write(self) -> None:
+        from medseg.build.model import find_models
+        from medseg.reporting.batch_page import write_batch_page
+
+        spec = load_spec(find_models(self.model, self.tracking_uri)[0])
+        cases = {job.id: Case(job.id, job.images, None, job.id) for job in self.jobs}
+        done = [job for job, row in zip(self.jobs, self.rows, strict=True) if row["state"] == "done"]
+        write_batch_page(
+            [replace(cases[job.id], images=job.files[:1]) for job in done],
+            self.output / REPORT,
+            name=self.output.resolve().name,
+            scans=cases,
+            labels=spec.labels,
+            preprocessing=spec.preprocessing,
+            told={row["case"]: row for row in self.rows},
+            most_read=_MOST_READ,
+        )
+
+
+def _page(page: _Page) -> Path | None:
+    """Make the page, in a process of its own, as the scans on it are large; a batch is worth more than its page."""
+    try:
+        (_, killed), *_ = isolated(_written, [page], preload=["medseg.build.model"])
+        if not killed:
+            return page.output / REPORT
+        failure = str(killed)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    log.warning(
+        "W-REPORT %s: the scans are segmented, but their page failed (%s); try: medseg report %s",
+        page.output, failure, shlex.quote(str(page.output)),
+    )  # fmt: skip
+    return None
+
+
+def _written(pages: Mapping[int, _Page], begun: Callable[[int], None]) -> Iterator[tuple[int, None]]:
+    for number, page in pages.items():
+        begun(number)
+        page.write()
+        yield number, None
+
+
+def _absolute(models: Sequence[str]) -> list[str]:
+    """Names of models that mean the same elsewhere."""
+    return [str(Path(name).absolute()) if Path(name).exists() else name for name in models]
 
 
 def _fingerprint(model: str) -> str:

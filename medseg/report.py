@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,20 +11,25 @@ from typing import Any
 
 from rich.text import Text
 
+from medseg.batch.ledger import LEDGER, Ledger
 from medseg.data.inputs import BESIDE, MANIFEST_SUFFIX, check_unique, find_cases, manifest_cases
 from medseg.data.manifest import Case, Manifest
 from medseg.data.volume_io import READABLE_SUFFIXES
-from medseg.errors import DataError, WorkflowError
+from medseg.errors import DataError, MedsegError, WorkflowError
 from medseg.labels import Labels
 from medseg.metrics.table import EVALUATION, PER_CASE
 from medseg.model import Preprocessing, load_spec
 from medseg.reporting.batch_page import write_batch_page
-from medseg.reporting.run_page import REPORT, write_run_page
+from medseg.reporting.page import REPORT
+from medseg.reporting.prediction import summary_row
+from medseg.reporting.run_page import write_run_page
 from medseg.tracking.runs import run_folder
 from medseg.training.run_folder import RESULT
 from medseg.wording import counted
 
 Result = dict[str, Any]
+
+log = logging.getLogger("medseg")
 
 
 def report(
@@ -42,15 +48,15 @@ def report(
             segmentations, or one of them.
         output: The file to write, or a folder for ``report.html``; None: the folder of the run itself.
         scans: The scans that segmentations were made from, as files, a folder or a manifest, by the same names; a run
-            knows its own.
+            knows its own, and so does what `medseg predict` has written.
         labels: A model, a run folder or a manifest that names the labels of segmentations; None: the manifest of the
-            scans, or else numbers.
+            scans, the model that `medseg predict` was given, or else numbers.
         split: Part of the manifest of scans; None: all of it.
         tracking_uri: Where to look for run ids; None: $MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db``.
 
     Returns:
         ``page``, ``megabytes``, ``seconds``, and how many ``cases``, ``pictures`` and ``viewer_cases`` are in it; of
-        segmentations also ``outliers``, ``mostly_absent`` and ``failed``, see `write_batch_page`. ``hint`` says how to
+        segmentations also ``outliers``, ``mostly_absent``, ``failed`` and ``refused``, see `write_batch_page`. ``hint`` says how to
         have pictures where there are none as nobody named the scans; else it is None.
 
     Raises:
@@ -63,7 +69,7 @@ def report(
     page.parent.mkdir(parents=True, exist_ok=True)
     knows_scans = _is_run(folder) and not (folder / EVALUATION).exists()
     if not _is_run(folder):
-        found = _report_segmentations(folder, page, scans, labels, split)
+        found = _report_segmentations(folder, page, scans, labels, split, tracking_uri)
     elif (folder / EVALUATION).exists():
         found = write_run_page(folder, page, {}, **_known(scans, labels, split))
     elif scans or labels or split:
@@ -88,6 +94,7 @@ def report_summary(result: Mapping[str, Any]) -> Text:
     lines += [result["hint"]] if result.get("hint") else []
     absent = result.get("mostly_absent", {})
     lines += [f"{organ} was found in {result['cases'] - n} of {result['cases']}" for organ, n in absent.items()]
+    lines += [f"{counted(refused, 'scan')} could not be segmented"] if (refused := result.get("refused")) else []
     lines += [f"not readable  {entry['message']}" for entry in result.get("failed", ())]
     lines.append(f"open in a browser: {result['page']}")
     return Text("\n".join(lines), overflow="ignore", no_wrap=True)
@@ -104,13 +111,47 @@ def _result(folder: Path) -> Result:
 
 
 def _report_segmentations(
-    folder: Path, page: Path, scans: Path | None, labels: Path | None, split: str | None
+    folder: Path, page: Path, scans: Path | None, labels: Path | None, split: str | None, tracking_uri: str | None
 ) -> Result:
     if folder.is_file() and not folder.name.lower().endswith(READABLE_SUFFIXES):
         raise DataError("E-REPORT-RUN", "is no segmentation; name one, a folder of them, or a run", where=str(folder))
-    predictions = [case for case in find_cases([folder]) if not case.id.endswith(BESIDE)]
+    told, known = _of_batch(folder, tracking_uri) if (folder / LEDGER).is_file() else ({}, {})
+    known |= {name: value for name, value in _known(scans, labels, split).items() if value or name not in known}
+    done = [case for case, row in told.items() if row["state"] == "done"]
+    try:
+        predictions = [case for case in find_cases([folder]) if not case.id.endswith(BESIDE)]
+    except DataError:
+        if not told or done:
+            raise
+        predictions = []  # of a batch in which all scans failed
     check_unique(predictions)
-    return write_batch_page(predictions, page, name=folder.resolve().name, **_known(scans, labels, split))
+    there = {case.id for case in predictions}
+    predictions += [Case(case, (Path(told[case]["output"]),), None, case) for case in done if case not in there]
+    return write_batch_page(predictions, page, name=folder.resolve().name, told=told, **known)
+
+
+def _of_batch(folder: Path, tracking_uri: str | None) -> tuple[dict[str, Result], Result]:
+    """What the list of a batch says of its cases, and, as `_known`, of their scans and of their model, if that is there.
+
+    Volumes are not believed, for somebody may have corrected segmentations since.
+    """
+    ledger = Ledger.found(folder / LEDGER)
+    jobs = ledger.jobs
+    told = {
+        job.id: summary_row(job.id, job.images[0], folder / job.files[0].name, row) | {"volumes": None}
+        for job, row in zip(jobs, ledger.rows(jobs), strict=True)
+    }
+    known: Result = {"scans": {job.id: Case(job.id, job.images, None, job.id) for job in jobs}}
+    if models := ledger.options.get("models"):
+        from medseg.build.model import find_models  # torch takes a while to import
+
+        try:
+            spec = load_spec(find_models(models[0], tracking_uri)[0])
+        except MedsegError as error:
+            log.warning("W-MODEL labels are numbers, as their model is not there; name it with --labels (%s)", error)
+        else:
+            known |= {"labels": spec.labels, "preprocessing": spec.preprocessing}
+    return told, known
 
 
 def _known(scans: Path | None, labels: Path | None, split: str | None) -> Result:

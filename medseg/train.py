@@ -29,8 +29,9 @@ from medseg.display import console, track
 from medseg.errors import Interrupted, TrainingError, WorkflowError
 from medseg.metrics.table import PER_CASE, read_table, write_table
 from medseg.model import load_spec, save_model
+from medseg.reporting.page import REPORT
 from medseg.reporting.run import PREDICTIONS
-from medseg.reporting.run_page import REPORT, write_run_page
+from medseg.reporting.run_page import write_run_page
 from medseg.tracking.mlflow_tracker import MlflowTracker
 from medseg.training.live import LiveDisplay
 from medseg.training.memory import memory_told

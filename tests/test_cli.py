@@ -130,10 +130,13 @@ def test_predict_hands_its_arguments_to_the_verb(fake: Fake) -> None:
             "slurm": {"partition": "gpu", "mem_gb": "16"},
             "resume": False,
             "force": True,
+            "report": True,
             "dry_run": False,
             "tracking_uri": "http://x",
         }
     ]
+    medseg("predict", "model", "a.nii", "-o", "out", "--no-report")
+    assert calls[1]["report"] is False
 
 
 def test_evaluate_splits_the_metrics_at_commas(fake: Fake) -> None:

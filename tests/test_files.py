@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from medseg.files import remove_leftovers, temporary_path, write_atomically
+from medseg.files import is_running, remove_leftovers, temporary_path, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -35,3 +35,12 @@ def test_only_leftovers_of_dead_processes_of_this_machine_are_removed(tmp_path):
     (folder / "image.npy").write_bytes(b"")
     remove_leftovers(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="processes' states are not told here")
+def test_a_process_that_has_ended_with_nobody_to_take_note_is_not_running():
+    pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 0"], {})
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # which leaves it as it is
+    assert not is_running(pid)
+    os.waitpid(pid, 0)
+    assert is_running(os.getpid())

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from medseg.batch.ledger import only_writer
+from medseg.batch.ledger import LEDGER, only_writer
 from medseg.build.model import predictor
 from medseg.data.volume_io import read_label, read_volume, write_volume
 from medseg.errors import MedsegError, ModelError, Problems, WorkflowError
@@ -22,7 +23,9 @@ from medseg.geometry import Geometry, Volume
 from medseg.labels import Labels
 from medseg.model import Intensity, ModelSpec, Preprocessing, Window, load_model, save_model
 from medseg.nets import NETS
-from medseg.predict import LEDGER, predict
+from medseg.predict import predict
+from medseg.report import report
+from medseg.reporting.page import REPORT
 from medseg.reporting.prediction import SUMMARY
 
 GRID = Geometry.from_spacing((20, 18, 16), (1.5, 1.5, 2)).oriented("LPS")
@@ -131,6 +134,22 @@ def test_probabilities_are_written_beside_the_segmentation(model, scans, tmp_pat
     label = read_label(tmp_path / "out" / "case_0.nii.gz")
     np.testing.assert_allclose(probabilities.array.sum(0), 1, atol=1e-5)
     np.testing.assert_array_equal(probabilities.array.argmax(0), label.array[0])
+
+
+@pytest.mark.parametrize("written", ["case_0_probabilities.nii.gz", "case_0.nii.gz"])
+def test_a_disk_that_is_full_when_the_probabilities_are_written_is_left_without_leftovers(
+    model, scans, tmp_path, monkeypatch, written
+):
+    def fails(path, volume):
+        if path.name == written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_volume(path, volume)
+
+    monkeypatch.setattr("medseg.predict.write_volume", fails)
+    with pytest.raises(OSError, match="No space left"):
+        predict(model, [scans], output=tmp_path / "out", probabilities=True)
+    there = {"case_0_probabilities.nii.gz"} - {written}
+    assert set(os.listdir(tmp_path / "out")) <= {LEDGER, SUMMARY, ".lock", *there}
 
 
 def test_existing_segmentations_are_not_overwritten_unasked(model, scans, tmp_path):
@@ -306,6 +325,59 @@ def test_a_row_for_each_case_is_left_beside_the_segmentations(model, scans, tmp_
         ("case_0", "done", ""), ("case_1", "failed", "E-NIFTI-EMPTY"), ("case_2", "done", ""),
     ]  # fmt: skip
     assert int(rows[0]["windows"]) > 0 and float(rows[0]["seconds"]) > 0 and float(rows[0]["peak_mb"]) > 0
+
+
+def test_a_batch_ends_with_a_page_of_all_its_cases(model, scans, tmp_path):
+    (scans / "case_1.nii.gz").write_bytes(b"")
+    result = predict(model, [scans], output=tmp_path / "out", report=True)
+    page = tmp_path / "out" / REPORT
+    assert result["report"] == str(page)
+    html = page.read_text()
+    assert "2 of 3 scans segmented." in html and "the file is empty" in html
+    assert html.count("<figure id=") == 2, "both are pictured"
+    for n in (0, 2):
+        label = read_label(tmp_path / "out" / f"case_{n}.nii.gz")
+        volume = np.count_nonzero(label.array) * 1.5 * 1.5 * 2 / 1000
+        told = next(entry for entry in result["done"] if entry["case"] == f"case_{n}")
+        assert told["volumes"] == {"liver": pytest.approx(volume)} and told["unit"] == "ml"
+        assert f'data-value="{volume:.6g}"' in html
+    write_scan(scans / "case_1.nii.gz", seed=1)
+    again = predict(model, [scans], output=tmp_path / "out", resume=True, report=True)
+    assert case_ids(again["done"]) == ["case_1"]
+    assert "3 scans segmented." in page.read_text(), "those of the first call too"
+    with (tmp_path / "out" / SUMMARY).open() as stream:
+        assert all(float(row["liver_ml"]) >= 0 for row in csv.DictReader(stream))
+
+
+def test_one_scan_has_no_page_and_who_wants_none_gets_none(model, scans, tmp_path):
+    one = predict(model, [scans / "case_0.nii.gz"], output=tmp_path / "one", report=True)
+    many = predict(model, [scans], output=tmp_path / "many", report=False)
+    assert "report" not in one and "report" not in many
+    assert not list(tmp_path.glob("*/report.html"))
+
+
+def test_a_page_that_fails_is_told_and_the_batch_is_done(model, scans, tmp_path, caplog):
+    (tmp_path / "out" / REPORT).mkdir(parents=True)
+    result = predict(model, [scans], output=tmp_path / "out", report=True)
+    assert len(result["done"]) == 3 and result["failed"] == [] and "report" not in result
+    assert "W-REPORT" in caplog.text and f"try: medseg report {tmp_path / 'out'}" in caplog.text
+
+
+def test_report_knows_a_batchs_scans_labels_and_failures_and_measures_anew(model, scans, tmp_path):
+    (scans / "case_1.nii.gz").write_bytes(b"")
+    predict(model, [scans], output=tmp_path / "out", uncertainty=True)
+    corrected = read_label(tmp_path / "out" / "case_0.nii.gz")
+    corrected.array[:] = 0
+    corrected.array[:, :4, :5, :6] = 1
+    write_volume(tmp_path / "out" / "case_0.nii.gz", corrected)
+    found = report(str(tmp_path / "out"))
+    assert (found["cases"], found["pictures"], found["refused"], found["failed"]) == (2, 2, 1, [])
+    html = Path(found["page"]).read_text()
+    assert "liver (ml)" in html and "uncertainty" in html and "the file is empty" in html
+    assert f'data-value="{4 * 5 * 6 * 4.5 / 1000:.6g}"' in html
+    (tmp_path / "out" / "case_2.nii.gz").unlink()
+    found = report(str(tmp_path / "out"))
+    assert [entry["error_id"] for entry in found["failed"]] == ["E-FILE"]
 
 
 @pytest.fixture

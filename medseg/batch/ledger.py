@@ -5,14 +5,11 @@ case whose worker is gone comes back, by whoever notices: the one who started th
 Segmentations appear by renaming and are written down afterwards; one that is found there without being written down
 is written down, and not made again.
 
-The file is opened anew for each transaction, which locks it whole (``BEGIN IMMEDIATE``, a rollback journal), so
-processes and threads need no care. On a shared file system that is as safe as its locks: NFS needs version 4, or a
-lock daemon on all machines, and no ``nolock`` among its mount options; clocks must agree to some seconds.
+On a shared file system that is as safe as its locks, see `database`; clocks must agree to some seconds.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -22,27 +19,26 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medseg.errors import DataError, MedsegError, WorkerError, WorkflowError
+from medseg.batch.database import Mode, transaction
+from medseg.batch.deaths import Death, given_up
+from medseg.errors import MedsegError, WorkerError, WorkflowError
 from medseg.files import is_running
 
 State = Literal["todo", "running", "done", "failed", "quarantined"]
 
+LEDGER = "ledger.db"
+"""What it is called in the folder of the segmentations."""
+
 LEASE_S = 120.0
 """A case whose worker has not been heard of for so long comes back."""
 
-MAX_ATTEMPTS = 2
-"""Workers that a case may take with it, before it is given up."""
-
-MAX_KILLS = 5
-"""Workers that somebody else may end while they have a case in hand, before it is given up."""
-
-_BUSY_S = 60.0
 _COMMITTED = ("done", "recovered")
+_ENDS_SO = "substr(worker, -length(?1)) = ?1"
 
 _TABLES = """
 CREATE TABLE batch (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -93,21 +89,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Death:
-    """How a worker ended.
-
-    Args:
-        ending: E.g. ``"SIGKILL"``, or ``"exit code 1"``.
-        peak_bytes: The most memory that was seen in use; 0: not known.
-        from_elsewhere: Whether somebody else ended it, so that its cases are not to blame.
-    """
-
-    ending: str
-    peak_bytes: int = 0
-    from_elsewhere: bool = False
-
-
-@dataclass(frozen=True)
 class Progress:
     """How far a batch is; `running` says since when each case is in hand, in seconds since 1970."""
 
@@ -120,15 +101,24 @@ class Progress:
     def is_open(self) -> bool:
         return self.done + self.failed < self.total
 
+    @property
+    def todo(self) -> int:
+        """How many nobody has in hand."""
+        return self.total - self.done - self.failed - len(self.running)
 
-def worker_name(token: str | None = None, *, pid: int | None = None) -> str:
-    """A name that says which process of which machine a worker is.
+
+def worker_name(token: str = "") -> str:
+    """A name for this process as a worker, which says where it is.
 
     Args:
-        token: Tells it from later processes of that number; None: something new.
-        pid: Of a process of this machine; None: this one.
+        token: Its end, by which those who started the worker know it; empty: something new.
     """
-    return f"{socket.gethostname()}:{pid or os.getpid()}:{token or uuid.uuid4().hex[:8]}"
+    return f"{socket.gethostname()}:{os.getpid()}:{token or new_token()}"
+
+
+def new_token() -> str:
+    """Something to call a worker by that no other is called by."""
+    return uuid.uuid4().hex[:8]
 
 
 @contextmanager
@@ -174,7 +164,7 @@ class Ledger:
         ledger = cls(path.absolute(), uuid.uuid4().hex)
         for old in (path, path.with_name(f"{path.name}-journal")):
             old.unlink(missing_ok=True)
-        with ledger._transaction(mode="rwc") as db:
+        with transaction(ledger.path, "rwc") as db:
             for statement in _TABLES.split(";\n"):
                 db.execute(statement)
             db.executemany("INSERT INTO batch VALUES (?, ?)", [("key", ledger.batch), ("options", _text(options))])
@@ -200,8 +190,7 @@ class Ledger:
         """
         if not path.exists():
             return None
-        unknown = cls(path.absolute(), "")
-        with unknown._transaction(check=False) as db:
+        with transaction(path.absolute()) as db:
             if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone():
                 return None  # killed while it was made
             found = dict(db.execute("SELECT key, value FROM batch").fetchall())
@@ -223,12 +212,28 @@ class Ledger:
                 again,
             )
             _insert(db, [job for job in jobs if _key(job.id) not in known], keep=True)
-        return cls(unknown.path, found["key"])
+        return cls(path.absolute(), found["key"])
+
+    @classmethod
+    def found(cls, path: Path) -> Ledger:
+        """The batch that lies at a place, under way or done, to look at.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        with transaction(path.absolute(), "ro") as db:
+            return cls(path.absolute(), db.execute("SELECT value FROM batch WHERE key = 'key'").fetchone()[0])
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All cases."""
+        with self._transaction("ro") as db:
+            return [_job(row) for row in _rows(db, "1 ORDER BY position")]
 
     @property
     def options(self) -> dict[str, Any]:
         """What the batch began with."""
-        with self._transaction(immediate=False) as db:
+        with self._transaction("ro") as db:
             return json.loads(db.execute("SELECT value FROM batch WHERE key = 'options'").fetchone()[0])
 
     def claim(self, worker: str, *, beside: bool) -> Job | None:
@@ -284,26 +289,38 @@ class Ledger:
             _log(db, _key(job.id), worker, "put back")
 
     def release(self, worker: str) -> None:
-        """Give back what a worker has in hand that was asked to stop."""
+        """Give back what a worker has in hand that was asked to stop; the end of its name is enough."""
         with self._transaction() as db:
-            for row in _rows(db, "state = 'running' AND worker = ?", worker):
+            for row in _rows(db, f"state = 'running' AND {_ENDS_SO}", worker):
                 _give_back(db, row, None)
 
     def bury(self, worker: str, death: Death) -> bool:
-        """Give back what a worker had in hand when it died, or give that up; False if it never had anything."""
-        with self._transaction() as db:
-            for row in _rows(db, "state = 'running' AND worker = ?", worker):
-                _give_back(db, row, death)
-            return bool(db.execute("SELECT 1 FROM log WHERE worker = ? AND id IS NOT NULL", (worker,)).fetchone())
+        """Give back what a worker had in hand when it died, or give that up; False if it never had anything.
 
-    def reap(self) -> None:
-        """Give back what processes of this machine had in hand that are no more, of a command that was killed."""
+        Args:
+            worker: The end of its name is enough.
+            death: How it ended.
+        """
         with self._transaction() as db:
-            _reap(db)
+            for row in _rows(db, f"state = 'running' AND {_ENDS_SO}", worker):
+                _give_back(db, row, death)
+            return bool(db.execute(f"SELECT 1 FROM log WHERE {_ENDS_SO} AND id IS NOT NULL", (worker,)).fetchone())
+
+    def reap(self, ours: Iterable[str] = ()) -> int:
+        """Give back what processes of this machine had in hand that are no more, of a command that was killed.
+
+        Args:
+            ours: Ends of the names of workers that the caller watches over itself.
+
+        Returns:
+            How many others are at work.
+        """
+        with self._transaction() as db:
+            return _reap(db, tuple(ours))
 
     def progress(self) -> Progress:
         """How far the batch is."""
-        with self._transaction(immediate=False) as db:
+        with self._transaction("ro") as db:
             counts = dict(db.execute("SELECT state, count(*) FROM cases GROUP BY state").fetchall())
             running = {row["id"]: row["claimed_at"] for row in _rows(db, "state = 'running' ORDER BY claimed_at")}
         failed = counts.get("failed", 0) + counts.get("quarantined", 0)
@@ -311,14 +328,14 @@ class Ledger:
 
     def rows(self, jobs: Iterable[Job]) -> list[dict[str, Any]]:
         """What became of some cases, in their order: the table's columns, and what else was told of each."""
-        with self._transaction(immediate=False) as db:
+        with self._transaction("ro") as db:
             found = {row["id"]: dict(row) for row in _rows(db, "1")}
         rows = [found[_key(job.id)] for job in jobs]
         return [row | json.loads(row["told"] or "{}") for row in rows]
 
     def committed(self) -> list[str]:
         """The cases that were written down as done, in that order; each once, if all is well."""
-        with self._transaction(immediate=False) as db:
+        with self._transaction("ro") as db:
             query = f"SELECT id FROM log WHERE event IN {_COMMITTED} ORDER BY rowid"
             return [row["id"] for row in db.execute(query)]
 
@@ -329,7 +346,7 @@ class Ledger:
 
     def heard(self, after: int) -> list[tuple[int, int, str]]:
         """What workers have said since: number, level and message of each."""
-        with self._transaction(immediate=False) as db:
+        with self._transaction("ro") as db:
             query = "SELECT rowid, event, message FROM log WHERE rowid > ? AND id IS NULL"
             levels = logging.getLevelNamesMapping()
             return [(number, levels[level], message) for number, level, message in db.execute(query, (after,))]
@@ -346,45 +363,11 @@ class Ledger:
             return bool(changed.rowcount)
 
     @contextmanager
-    def _transaction(
-        self, *, mode: str = "rw", immediate: bool = True, check: bool = True
-    ) -> Iterator[sqlite3.Connection]:
-        with _faults_told(self.path), closing(_connected(self.path, mode)) as db:  # which takes back what is not ended
-            db.execute("BEGIN IMMEDIATE" if immediate else "BEGIN")
-            if (
-                check
-                and mode == "rw"
-                and not db.execute("SELECT 1 FROM batch WHERE key = 'key' AND value = ?", (self.batch,)).fetchone()
-            ):
+    def _transaction(self, mode: Mode = "rw") -> Iterator[sqlite3.Connection]:
+        with transaction(self.path, mode) as db:
+            if not db.execute("SELECT 1 FROM batch WHERE key = 'key' AND value = ?", (self.batch,)).fetchone():
                 raise WorkerError("E-LEDGER", "another batch has been begun here; this one ends", where=str(self.path))
             yield db
-            db.execute("COMMIT")
-
-
-def _connected(path: Path, mode: str) -> sqlite3.Connection:
-    db = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_S, isolation_level=None)
-    db.row_factory = sqlite3.Row
-    if mode == "rwc":
-        db.execute("PRAGMA page_size = 1024")  # a few lines change at a time
-    return db
-
-
-@contextmanager
-def _faults_told(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours: a full disk into the OSError that it is elsewhere."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        name = getattr(error, "sqlite_errorname", "")
-        if name in ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from error
-        if name.startswith("SQLITE_BUSY"):
-            message = f"is locked by other processes for more than {_BUSY_S:.0f} s; does its file system have locks?"
-            raise WorkerError("E-LEDGER", message, where=str(path)) from error
-        message = f"cannot be read ({error}); delete it, and --resume passes over what is segmented already"
-        raise DataError("E-LEDGER", message, where=str(path)) from error
 
 
 def _insert(db: sqlite3.Connection, jobs: Sequence[Job], *, keep: bool) -> None:
@@ -406,10 +389,12 @@ def _job(row: sqlite3.Row) -> Job:
     return Job(name, tuple(map(Path, images)), files, bool(row["alone"]))
 
 
-def _reap(db: sqlite3.Connection) -> None:
-    for row in _rows(db, "state = 'running'"):
-        if _is_gone(row["worker"]):
-            _give_back(db, row, Death("the end of the whole command", from_elsewhere=True))
+def _reap(db: sqlite3.Connection, ours: tuple[str, ...] = ()) -> int:
+    others = [row for row in _rows(db, "state = 'running'") if not row["worker"].endswith(ours)]
+    gone = [row for row in others if _is_gone(row["worker"])]
+    for row in gone:
+        _give_back(db, row, Death("the end of the whole command", from_elsewhere=True))
+    return len({row["worker"] for row in others} - {row["worker"] for row in gone})
 
 
 def _give_back(db: sqlite3.Connection, row: sqlite3.Row, death: Death | None) -> None:
@@ -429,29 +414,17 @@ def _give_back(db: sqlite3.Connection, row: sqlite3.Row, death: Death | None) ->
         return
     attempts = row["attempts"] + (not death.from_elsewhere)
     kills = row["kills"] + death.from_elsewhere
-    given_up = attempts >= MAX_ATTEMPTS or kills >= MAX_KILLS
-    error = _given_up(_job(row), attempts, kills, death) if given_up else None
+    error = given_up(_job(row).images[0], attempts, kills, death)
+    state = "quarantined" if error else "todo"
     db.execute(
         "UPDATE cases SET state = ?, alone = 1, attempts = ?, kills = ?, ending = ?, peak_bytes = ?, error_id = ?, message = ?"
         " WHERE position = ?",
         (
-            "quarantined" if given_up else "todo", attempts, kills, death.ending, death.peak_bytes,
-            error and error.error_id, error and str(error), row["position"],
+            state, attempts, kills, death.ending, death.peak_bytes, error and error.error_id, error and str(error),
+            row["position"],
         ),
     )  # fmt: skip
-    _log(db, row["id"], row["worker"], "quarantined" if given_up else "returned", death.ending)
-
-
-def _given_up(job: Job, attempts: int, kills: int, death: Death) -> DataError:
-    memory = f"; it held {death.peak_bytes / 1e9:.1f} GB" if death.peak_bytes else ""
-    if attempts >= MAX_ATTEMPTS:
-        lack = ", as the kernel does for lack of memory" if death.ending == "SIGKILL" else ""
-        found = f"its process was ended {attempts} times, the last time alone, by {death.ending}{lack}{memory}"
-        remedy = "look at this scan, or give the job more memory"
-    else:
-        found = f"its process was ended {kills} times by somebody else, the last time by {death.ending}{memory}"
-        remedy = "find out who ends processes here (a limit of memory or time?), then --resume"
-    return DataError("E-WORKER", f"{found}; {remedy}", where=str(job.images[0]))
+    _log(db, row["id"], row["worker"], "quarantined" if error else "returned", death.ending)
 
 
 def _check_options(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

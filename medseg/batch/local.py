@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing import forkserver
@@ -14,20 +13,23 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+from medseg.batch.deaths import Death, EarlyDeaths
 from medseg.batch.isolated import ending_of, peak_bytes_of, serving
-from medseg.batch.ledger import MAX_ATTEMPTS, MAX_KILLS, Death, Ledger, worker_name
+from medseg.batch.ledger import Ledger, new_token, worker_name
 from medseg.batch.parallel import interruption_waits
 from medseg.batch.worker import Load, Place, work
-from medseg.errors import WorkerError
 
 _LOOK_EVERY_S = 0.2
 _REAP_EVERY_S = 1.0
+_SENT_BY_SOMEBODY = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGUSR2")  # the last are Slurm's warnings of a job's end
 _OOM_COUNTERS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
 
 log = logging.getLogger("medseg")
 
 
-def run_local(ledger: Ledger, load: Load, places: Sequence[Place], *, preload: Sequence[str] = ()) -> None:
+def run_local(
+    ledger: Ledger, load: Load, places: Sequence[Place], *, preload: Sequence[str] = (), part_of: str = ""
+) -> None:
     """Work through a ledger in processes of this machine; one that dies is replaced.
 
     Args:
@@ -35,6 +37,7 @@ def run_local(ledger: Ledger, load: Load, places: Sequence[Place], *, preload: S
         load: Makes the segmenter.
         places: Where to compute: a process each.
         preload: Modules to import once for all processes.
+        part_of: What the workers' names end with, by which somebody else watches over this process; empty: nobody does.
 
     Raises:
         MedsegError: What stopped a worker other than a fault of a case; OSError: of a full disk.
@@ -47,7 +50,7 @@ def run_local(ledger: Ledger, load: Load, places: Sequence[Place], *, preload: S
     with ExitStack() as ending:
         ending.callback(_stop, crew, ledger)
         for number, place in enumerate(places):
-            crew[number] = _Worker(context, ledger, load, place)
+            crew[number] = _Worker(context, ledger, load, place, part_of)
         looked = time.monotonic()
         while crew:
             wait([worker.connection for worker in crew.values()], timeout=_LOOK_EVERY_S)
@@ -56,12 +59,12 @@ def run_local(ledger: Ledger, load: Load, places: Sequence[Place], *, preload: S
                     continue
                 del crew[number]
                 if worker.process.exitcode:
-                    deaths.add(worker.death, had_work=ledger.bury(worker.name, worker.death))
+                    deaths.add(worker.death, had_work=ledger.bury(worker.token, worker.death))
                     log.warning("W-WORKER a process that does the work was ended by %s", worker.death.ending)
                     if ledger.progress().is_open:
-                        crew[number] = _Worker(context, ledger, load, places[number])
-            if time.monotonic() > looked + _REAP_EVERY_S:
-                ledger.reap()
+                        crew[number] = _Worker(context, ledger, load, places[number], part_of)
+            if not part_of and time.monotonic() > looked + _REAP_EVERY_S:
+                ledger.reap(worker.token for worker in crew.values())
                 looked = time.monotonic()
 
 
@@ -101,50 +104,27 @@ def _num_cores() -> int:
     return min(cores, int(told)) if told.isdigit() and int(told) else cores
 
 
-class EarlyDeaths:
-    """Counts workers that died before they began a case, so that they are not replaced for ever."""
-
-    def __init__(self) -> None:
-        self.counts = {True: 0, False: 0}
-
-    def add(self, death: Death, *, had_work: bool) -> None:
-        """Count a death.
-
-        Raises:
-            WorkerError: If there are too many in a row.
-        """
-        if had_work:
-            self.counts = {True: 0, False: 0}
-            return
-        self.counts[death.from_elsewhere] += 1
-        if self.counts[True] > MAX_KILLS or self.counts[False] >= MAX_ATTEMPTS:
-            message = f"the processes that do the work are ended by {death.ending} before they begin a scan"
-            raise WorkerError("E-WORKER", f"{message}; have fewer --workers, or more memory")
-
-
 class _Worker:
     """A process at work, and what it says."""
 
-    def __init__(self, context: ForkServerContext, ledger: Ledger, load: Load, place: Place) -> None:
+    def __init__(self, context: ForkServerContext, ledger: Ledger, load: Load, place: Place, part_of: str) -> None:
         self.connection, its_end = context.Pipe(duplex=False)
         self.peak_bytes = 0
         self._oom_kills = oom_kills()
-        token = uuid.uuid4().hex[:8]
-        arguments = (its_end, ledger, load, token, place, os.getcwd(), log.getEffectiveLevel())
+        self.token = new_token() + part_of
+        arguments = (its_end, ledger, load, self.token, place, os.getcwd(), log.getEffectiveLevel())
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         with interruption_waits():  # which the server that forks them would else die of
             forkserver.ensure_running()
             self.process.start()
-        self.name = worker_name(token, pid=self.process.pid)
         its_end.close()  # so that its death ends the connection
 
     @property
     def death(self) -> Death:
         """How it ended."""
         ending = ending_of(self.process.exitcode)
-        was_signal = ending in ("SIGKILL", "SIGTERM")
         spared = bool(self._oom_kills) and oom_kills() == self._oom_kills
-        return Death(ending, self.peak_bytes, from_elsewhere=was_signal and spared)
+        return Death(ending, self.peak_bytes, from_elsewhere=ending in _SENT_BY_SOMEBODY and spared)
 
     def is_at_work(self) -> bool:
         """Hear what it says; False once it has ended.
@@ -170,7 +150,7 @@ class _Worker:
         self.process.terminate()
         self.process.join()
         self.connection.close()
-        ledger.release(self.name)
+        ledger.release(self.token)
 
 
 def oom_kills() -> Mapping[str, int]:

@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from medseg.batch.ledger import Death, Ledger, worker_name
-from medseg.batch.local import EarlyDeaths
-from medseg.batch.worker import Load, Place, work_elsewhere
+from medseg.batch.deaths import Death, EarlyDeaths
+from medseg.batch.elsewhere import tell, work_elsewhere
+from medseg.batch.ledger import Ledger, new_token
+from medseg.batch.worker import Load, Place
 from medseg.errors import WorkflowError
 
-_LOOK_EVERY_S = 0.5
+_LOOK_EVERY_S = 1.0
 
 log = logging.getLogger("medseg")
 
 
-def run_ray(ledger: Ledger, load: Load, device: str, *, num_workers: int, address: str | None = None) -> None:
+def run_ray(
+    ledger: Ledger,
+    load: Load,
+    device: str,
+    *,
+    num_workers: int,
+    address: str | None = None,
+    preload: Sequence[str] = (),
+) -> None:
     """Work through a ledger with actors; one that dies is replaced.
 
     Args:
@@ -32,6 +41,7 @@ def run_ray(ledger: Ledger, load: Load, device: str, *, num_workers: int, addres
             wanted; else a core.
         num_workers: How many actors.
         address: Of a cluster that is there, e.g. ``ray://host:10001`` or ``auto``; None: one on this machine, for now.
+        preload: Modules that each actor is to import once for all its processes.
 
     Raises:
         WorkflowError: If Ray is not installed, or its cluster cannot be reached.
@@ -43,12 +53,11 @@ def run_ray(ledger: Ledger, load: Load, device: str, *, num_workers: int, addres
         place = Place("cuda") if on_gpu else Place("cpu", num_threads=1)
         actor_class = ray.remote(max_restarts=0, num_cpus=1, num_gpus=int(on_gpu))(_Actor)
         deaths = EarlyDeaths()
-        crew: dict[Any, tuple[Any, Any]] = {}
+        crew: dict[Any, tuple[Any, str]] = {}
 
         def start() -> None:
-            actor = actor_class.remote()
-            name = actor.name.remote()  # not waited for: there may be no place for it yet
-            crew[actor.work.remote(ledger, load, name, place, os.getcwd())] = (actor, name)
+            actor, token = actor_class.remote(), new_token()
+            crew[actor.work.remote(ledger, load, token, place, os.getcwd(), preload)] = (actor, token)
 
         try:
             for _ in range(num_workers):
@@ -57,13 +66,14 @@ def run_ray(ledger: Ledger, load: Load, device: str, *, num_workers: int, addres
             while crew:
                 ready, _ = ray.wait(list(crew), timeout=_LOOK_EVERY_S)
                 heard = tell(ledger, heard)
+                ledger.reap(token for _, token in crew.values())
                 for task in ready:
-                    _, name = crew.pop(task)
+                    _, token = crew.pop(task)
                     try:
                         fault = ray.get(task)
                     except ray.exceptions.RayError as error:  # the actor is dead
-                        death = Death(str(error).splitlines()[0].strip())
-                        deaths.add(death, had_work=ledger.bury(_known(ray, name), death))
+                        death = _death(ray, error)
+                        deaths.add(death, had_work=ledger.bury(token, death))
                         log.warning("W-WORKER an actor was ended: %s", death.ending)
                         if ledger.progress().is_open:
                             start()
@@ -72,35 +82,26 @@ def run_ray(ledger: Ledger, load: Load, device: str, *, num_workers: int, addres
                         raise fault
             tell(ledger, heard)
         finally:
-            for actor, name in crew.values():
+            for actor, token in crew.values():
                 ray.kill(actor)
-                ledger.release(_known(ray, name))
+                ledger.release(token)
 
 
-def _known(ray: Any, name: Any) -> str:
-    """An actor's name; nothing if it had no time to tell it, and so to claim a case."""
-    try:
-        return str(ray.get(name, timeout=1))
-    except ray.exceptions.RayError:
-        return ""
+def _death(ray: Any, error: Exception) -> Death:
+    """How an actor ended: by a fault raised there, e.g. for want of medseg, by lack of memory, or by somebody else."""
+    raised = isinstance(error, ray.exceptions.RayTaskError)
+    lines = str(error).strip().splitlines()
+    its_own = raised or isinstance(error, ray.exceptions.OutOfMemoryError)
+    return Death(lines[-1 if raised else 0].strip(), from_elsewhere=not its_own)
 
 
 class _Actor:
-    """A worker in one of Ray's processes."""
+    """One of Ray's processes, which watches over a worker."""
 
-    def name(self) -> str:
-        return worker_name()
-
-    def work(self, ledger: Ledger, load: Load, name: str, place: Place, folder: str) -> Exception | None:
-        return work_elsewhere(ledger, load, worker=name, place=place, folder=folder)
-
-
-def tell(ledger: Ledger, heard: int) -> int:
-    """Log here what workers have said in the ledger since; the number of the last of it."""
-    for number, level, message in ledger.heard(heard):
-        log.log(level, "%s", message)
-        heard = number
-    return heard
+    def work(
+        self, ledger: Ledger, load: Load, token: str, place: Place, folder: str, preload: Sequence[str]
+    ) -> Exception | None:
+        return work_elsewhere(ledger, load, token=token, place=place, folder=folder, preload=preload)
 
 
 def _ray() -> Any:
@@ -118,6 +119,7 @@ def _cluster(ray: Any, address: str | None, num_cpus: int) -> Iterator[None]:
         yield
         return
     size = {"num_cpus": num_cpus, "include_dashboard": False} if address is None else {}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray tells its makers of it, from among patients' scans
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **size)
     except (ConnectionError, RuntimeError, ValueError) as error:

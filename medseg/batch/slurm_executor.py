@@ -1,10 +1,11 @@
 """A batch on a Slurm cluster: an array whose tasks pull their cases from the ledger.
 
 The output folder, the scans and the model must lie under the same paths on all nodes, with the same Python. Tasks that
-die are noticed and their cases given back; the array is submitted again as long as cases are left.
+die are noticed and their cases given back, and others are submitted as long as cases are left.
 
 The command waits. Interrupted (Ctrl-C, SIGTERM), it cancels the array, so that nobody writes into a folder that its
-owner believes to be at rest. Killed outright, it leaves the array at work, and ``--resume`` joins it.
+owner believes to be at rest. Killed outright, it leaves the array at work, and ``--resume`` joins it: it submits only
+as many tasks as are lacking.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from medseg.batch.ledger import Death, Ledger
-from medseg.batch.local import EarlyDeaths
-from medseg.batch.ray_executor import tell
-from medseg.batch.worker import Load, Place, work_elsewhere
+from medseg.batch.deaths import Death, EarlyDeaths
+from medseg.batch.elsewhere import tell, work_elsewhere
+from medseg.batch.ledger import Ledger, new_token
+from medseg.batch.worker import Load, Place
 from medseg.errors import MedsegError, WorkflowError
 
 FOLDER = "slurm"
@@ -34,7 +34,15 @@ _LOOK_EVERY_S = 1.0
 log = logging.getLogger("medseg")
 
 
-def run_slurm(ledger: Ledger, load: Load, place: Place, *, num_workers: int, options: Mapping[str, str]) -> None:
+def run_slurm(
+    ledger: Ledger,
+    load: Load,
+    place: Place,
+    *,
+    num_workers: int,
+    options: Mapping[str, str],
+    preload: Sequence[str] = (),
+) -> None:
     """Work through a ledger with the tasks of an array.
 
     Args:
@@ -44,6 +52,7 @@ def run_slurm(ledger: Ledger, load: Load, place: Place, *, num_workers: int, opt
         num_workers: Tasks of the array.
         options: ``partition``, ``account`` and whatever else sbatch takes; ``mem_gb``, ``timeout_min``, ``gpus``,
             ``cpus_per_task``; ``cluster=local`` has processes of this machine stand for tasks.
+        preload: Modules that each task is to import once for all its processes.
 
     Raises:
         WorkflowError: If submitit is not installed, or does not take the options.
@@ -55,32 +64,33 @@ def run_slurm(ledger: Ledger, load: Load, place: Place, *, num_workers: int, opt
     tasks: dict[str, Any] = {}
     try:
         while (progress := ledger.progress()).is_open:
-            if not tasks:
-                names = [f"slurm-{uuid.uuid4().hex[:8]}" for _ in range(min(num_workers, progress.total))]
-                arguments = [(ledger, load, name, place, os.getcwd()) for name in names]
-                tasks = dict(zip(names, executor.map_array(_task, arguments), strict=True))
+            others = ledger.reap(tasks)  # of an array that a killed command left at work
+            if (lacking := min(num_workers - len(tasks) - others, progress.todo)) > 0:
+                tokens = [new_token() for _ in range(lacking)]
+                arguments = [(ledger, load, token, place, os.getcwd(), preload) for token in tokens]
+                tasks |= dict(zip(tokens, executor.map_array(_task, arguments), strict=True))
             time.sleep(_LOOK_EVERY_S)
             heard = tell(ledger, heard)
-            for name, task in list(tasks.items()):
+            for token, task in list(tasks.items()):
                 if task.done():
-                    del tasks[name]
-                    _look_at(name, task, ledger, deaths)
+                    del tasks[token]
+                    _look_at(token, task, ledger, deaths)
         for task in tasks.values():  # they are about to end
             task.wait()
         tasks = {}
         tell(ledger, heard)
     finally:
-        for name, task in tasks.items():
+        for token, task in tasks.items():
             task.cancel()
-            ledger.release(name)
+            ledger.release(token)
 
 
-def _task(arguments: tuple[Ledger, Load, str, Place, str]) -> Exception | None:
-    ledger, load, name, place, folder = arguments
-    return work_elsewhere(ledger, load, worker=name, place=place, folder=folder)
+def _task(arguments: tuple[Ledger, Load, str, Place, str, Sequence[str]]) -> Exception | None:
+    ledger, load, token, place, folder, preload = arguments
+    return work_elsewhere(ledger, load, token=token, place=place, folder=folder, preload=preload)
 
 
-def _look_at(name: str, task: Any, ledger: Ledger, deaths: EarlyDeaths) -> None:
+def _look_at(token: str, task: Any, ledger: Ledger, deaths: EarlyDeaths) -> None:
     """What a task that has ended leaves behind."""
     error = task.exception()
     if error is None:
@@ -89,8 +99,10 @@ def _look_at(name: str, task: Any, ledger: Ledger, deaths: EarlyDeaths) -> None:
         return
     if isinstance(error, MedsegError):
         raise error
-    death = Death(f"{task.state}, see {task.paths.stderr}")
-    deaths.add(death, had_work=ledger.bury(name, death))
+    raised = isinstance(error, import_module("submitit.core.utils").FailedJobError)  # e.g. for want of medseg there
+    its_own = raised or task.state.startswith("OUT_OF_ME")
+    death = Death(f"{task.state}, see {task.paths.stderr}", from_elsewhere=not its_own)
+    deaths.add(death, had_work=ledger.bury(token, death))
     log.warning("W-WORKER a task was ended: %s", death.ending)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import sys
 import threading
@@ -12,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from medseg.batch.ledger import Job, Ledger
@@ -214,41 +212,3 @@ def _leases(ledger: Ledger, worker: str) -> AbstractContextManager[None]:
 def _peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class LedgerHandler(logging.Handler):
-    """Hands what is logged to the command that started the batch, by way of the ledger."""
-
-    def __init__(self, ledger: Ledger, worker: str) -> None:
-        super().__init__(logging.WARNING)
-        self.ledger, self.worker = ledger, worker
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write it down; a ledger that cannot be written is no reason to stop."""
-        try:
-            self.ledger.say(self.worker, record)
-        except (MedsegError, OSError):
-            self.handleError(record)
-
-
-def work_elsewhere(ledger: Ledger, load: Load, *, worker: str, place: Place, folder: str) -> Exception | None:
-    """`work` in a process that another framework started, perhaps on another machine.
-
-    Args:
-        ledger: As all the others, see `work`.
-        load: Makes the segmenter.
-        worker: Who this is.
-        place: Where to compute.
-        folder: The working folder of the one who asked.
-
-    Returns:
-        What stopped the batch, if anything: a fault of the model, or a full disk.
-    """
-    if Path(folder).is_dir():
-        os.chdir(folder)
-    log.handlers, log.propagate = [LedgerHandler(ledger, worker)], False
-    try:
-        work(ledger, load, worker=worker, place=place)
-    except (MedsegError, OSError) as error:
-        return error
-    return None

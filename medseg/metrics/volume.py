@@ -6,8 +6,17 @@ Voxels with the ignore label belong to neither volume. Pictures have none: all v
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 
+import numpy as np
+
+from medseg.geometry import Volume
+from medseg.labels import Labels
 from medseg.metrics.evidence import OrganEvidence
+
+_CHUNK = 1 << 22
+"""Voxels that are counted at once, so that counting takes no memory worth telling."""
 
 
 def volume_ml(organ: OrganEvidence) -> float:
@@ -35,3 +44,35 @@ def relative_volume_difference(organ: OrganEvidence) -> float:
     if not organ.counts.in_reference:
         return math.nan
     return volume_difference_ml(organ) / organ.reference_ml
+
+
+def volumes_by_value(label_map: Volume) -> tuple[dict[int, float], str]:
+    """How much of a label map has each value but 0.
+
+    Args:
+        label_map: (1, I, J[, K]).
+
+    Returns:
+        By value ml, or pixels where a picture says nothing of its size; and which of them.
+    """
+    counts: Counter[int] = Counter()
+    voxels = label_map.array.ravel(order="K")
+    for start in range(0, voxels.size, _CHUNK):
+        part = voxels[start : start + _CHUNK]
+        values, found = np.unique(part[part != 0], return_counts=True)
+        counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+    is_volume = label_map.geometry.spatial_dims == 3
+    size, unit = (label_map.geometry.voxel_ml, "ml") if is_volume else (1.0, "pixels")
+    return {int(value): count * size for value, count in counts.items()}, unit
+
+
+def organ_volumes(by_value: Mapping[int, float], labels: Labels) -> dict[str, float]:
+    """How much there is of each organ or region.
+
+    Args:
+        by_value: See `volumes_by_value`.
+        labels: What the values mean.
+    """
+    return {
+        organ: sum((by_value.get(value, 0.0) for value in values), 0.0) for organ, values in labels.organ_values.items()
+    }

@@ -1,129 +1,59 @@
-"""The page of segmentations that nobody has drawn references for: their volumes, what stands out, and what it looks like."""
+"""The page of segmentations without references: what failed, what stands out, and what it looks like."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from medseg.data.checks import check_label_values
 from medseg.data.manifest import Case
-from medseg.data.volume_io import read_label
-from medseg.display import track
-from medseg.errors import DataError, MedsegError, Problems
 from medseg.files import write_atomically
 from medseg.labels import Labels
 from medseg.model import Preprocessing
-from medseg.reporting.figures import organs_figure
-from medseg.reporting.page import asset, figure_svg, html_page, section
+from medseg.reporting.batch import (
+    MIN_CASES,
+    OUTLIER,
+    Batch,
+    Measured,
+    Told,
+    busy_seconds,
+    measure_batch,
+    number_told,
+)
+from medseg.reporting.figures import num_dots, organs_figure, wants_log
+from medseg.reporting.page import asset, definitions, figure_svg, html_page, section
 from medseg.reporting.pictures import (
     Missing,
+    drawn,
     load_scenes,
     missing_notice,
-    numbered_labels,
     picture_anchors,
     pictures_section,
 )
-from medseg.reporting.scene import CaseFiles, Scene
-from medseg.reporting.tables import Column, number, sortable_table
-from medseg.reporting.viewer import Shown, inline_script, viewer_section
-from medseg.reporting.words import significant_digits
-from medseg.wording import counted, listed
+from medseg.reporting.prediction import fault_told
+from medseg.reporting.scene import CaseFiles
+from medseg.reporting.tables import MAX_ORGAN_COLUMNS, Column, number, sortable_table
+from medseg.reporting.viewer import Shown, inline_script, shown, viewer_section
+from medseg.wording import counted, duration, listed
 
 NUM_PICTURES = 6
+"""Of the cases to look at first; two ordinary ones follow."""
+
 NUM_IN_VIEWER = 2
 MAX_TILES = 6
-OUTLIER = 3.5
-"""Robust z beyond which a volume stands out (Iglewicz and Hoaglin 1993, "How to detect and handle outliers")."""
-
-NORMAL_MAD = 0.6745
-"""Median absolute deviation of the standard normal distribution."""
-
-MIN_CASES = 5
-"""With fewer, no volume can stand out."""
+MAX_VOLUMES = 40_000
+"""In the table; of more, only the first organs have columns: a browser takes seconds to lay out so many cells."""
 
 LIMITS = (
     "For research only: not a medical device, and no ground for a decision about a patient. Nobody has drawn references "
     "for these scans, so this page cannot say how good the segmentations are. A volume that stands out may be a "
     "fault or a patient’s own; one that does not may be wrong all the same."
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A segmentation.
-
-    Args:
-        case: Its id.
-        anchor: Its row's id in the page.
-        volumes: Of each organ, in the batch's unit.
-        z: How far each volume stands out among the others, see `robust_z`.
-    """
-
-    case: str
-    anchor: str
-    volumes: Mapping[str, float]
-    z: Mapping[str, float]
-
-    @property
-    def outlying(self) -> float:
-        """Of the organ that stands out most."""
-        return max((abs(z) for z in self.z.values()), default=0.0)
-
-    @property
-    def not_found(self) -> list[str]:
-        return [organ for organ, volume in self.volumes.items() if not volume]
-
-    @property
-    def note(self) -> str:
-        """Every organ that is not there, and every one whose volume stands out."""
-        unusual = {organ: "large" if z > 0 else "small" for organ, z in self.z.items() if abs(z) > OUTLIER}
-        said = {organ: f"unusually {size}" for organ, size in unusual.items()} | dict.fromkeys(
-            self.not_found, "not found"
-        )
-        return "; ".join(f"{organ}: {said[organ]}" for organ in self.volumes if organ in said)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """All segmentations of a folder.
-
-    Args:
-        name: What the page is called.
-        cases: What stands out most first.
-        failed: By case why it could not be read.
-        labels: What is drawn.
-        unit: Of the volumes: ml, or pixels of pictures.
-        digits: By organ, that its volumes are shown with.
-    """
-
-    name: str
-    cases: Sequence[Measured]
-    failed: Mapping[str, MedsegError]
-    labels: Labels
-    unit: str
-    digits: Mapping[str, int]
-
-    @property
-    def outliers(self) -> list[Measured]:
-        return [case for case in self.cases if case.outlying > OUTLIER]
-
-    @property
-    def empty(self) -> list[str]:
-        """Cases in which nothing was found."""
-        return [case.case for case in self.cases if len(case.not_found) == len(case.volumes)]
-
-    @property
-    def mostly_absent(self) -> dict[str, int]:
-        """Organs that most cases lack, and how many lack each."""
-        counts = {organ: sum(not case.volumes[organ] for case in self.cases) for organ in self.labels.organ_values}
-        return {organ: count for organ, count in counts.items() if 2 * count > len(self.cases)}
 
 
 def write_batch_page(
@@ -134,6 +64,8 @@ def write_batch_page(
     scans: Mapping[str, Case],
     labels: Labels | None,
     preprocessing: Preprocessing,
+    told: Mapping[str, Told] | None = None,
+    most_read: int | None = None,
 ) -> dict[str, Any]:
     """Make the page of a folder of segmentations.
 
@@ -144,36 +76,37 @@ def write_batch_page(
         scans: By case the scans that were segmented, as far as they are known.
         labels: What the values mean; None: each is called after its number.
         preprocessing: Says how to read the scans.
+        told: By case what the list of the batch says, of those too that have no segmentation; None: there is no list.
+        most_read: How many label maps may be read for their volumes, where the list does not tell them; None: all.
 
     Returns:
         ``cases``, ``outliers``, ``pictures`` and ``viewer_cases``: how many of each are in it; ``mostly_absent``: the
-        organs that most cases lack, and how many lack each; ``failed``: what could not be read.
+        organs that most cases lack, and how many lack each; ``failed``: what could not be read; ``refused``: how many
+        scans could not be segmented, as far as there is a list.
 
     Raises:
-        Problems: If no label map can be read.
+        Problems: If no label map can be read, and no list tells of anything else.
         DataError: If one holds what the labels do not declare.
     """
-    batch = _measure(predictions, name, labels)
+    batch = measure_batch(predictions, name, labels, told or {}, most_read=most_read)
     files = {
         case.id: CaseFiles(case.id, scans[case.id].images, None, case.images[0])
         for case in predictions
         if case.id in scans
     }
-    wanted = dict.fromkeys(case.case for case in [*batch.cases[: NUM_PICTURES - 1], batch.cases[-1]])
-    scenes, missing = load_scenes(
-        wanted if scans else (), files, preprocessing, batch.labels, unknown="no scan is called like them"
-    )
-    volumes = [scene for scene in scenes.values() if scene.image.ndim == 3][:NUM_IN_VIEWER]
+    wanted = _pictured(batch.cases) if scans else ()
+    pictures, in_viewer, missing = _looks(wanted, files, preprocessing, batch.labels)
     parts = [
-        _opening(batch),
+        _opening(batch, told or {}),
+        _refused(batch),
         _spread(batch),
         viewer_section(
-            [Shown(scene, scene.case) for scene in volumes],
+            in_viewer,
             batch.labels,
-            explanation="The most unusual ones." if len(batch.cases) >= MIN_CASES else "",
+            explanation="Those to look at first." if len(batch.cases) >= MIN_CASES else "",
         ),
-        _pictures(batch, scenes, missing),
-        _table(batch, picture_anchors(scenes)),
+        _pictures(batch, pictures, missing, of_volumes="ml" in batch.unit),
+        _table(batch, picture_anchors(pictures)),
         f"<footer><p>{LIMITS}</p></footer>",
         f"<script>{inline_script(asset('page.js'))}</script>",
     ]
@@ -182,117 +115,71 @@ def write_batch_page(
         "cases": len(batch.cases),
         "outliers": len(batch.outliers),
         "mostly_absent": batch.mostly_absent,
-        "pictures": len(scenes),
-        "viewer_cases": len(volumes),
+        "pictures": len(pictures),
+        "viewer_cases": len(in_viewer),
         "failed": [{"case": c, "error_id": e.error_id, "message": str(e)} for c, e in batch.failed.items()],
+        "refused": len(batch.refused),
     }
 
 
-def robust_z(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Distance from the median in units of a typical deviation, which a few wild values do not move.
-
-    The typical deviation is the median absolute one, as large as the standard deviation for normal data; where more
-    than half of the values are equal, the mean absolute one takes its place.
-
-    Args:
-        values: (n,).
-
-    Returns:
-        (n,), 0 where all values are equal.
-
-    Reference:
-        Iglewicz and Hoaglin 1993, "How to detect and handle outliers".
-    """
-    deviations = values - np.median(values)
-    spread = np.median(np.abs(deviations)) / NORMAL_MAD
-    if not spread:
-        spread = np.abs(deviations).mean() * math.sqrt(math.pi / 2)  # normal data's too
-    return deviations / spread if spread else np.zeros_like(deviations)
+def _pictured(cases: Sequence[Measured]) -> list[str]:
+    """Those to look at first, and of the others two ordinary ones: the middle of the ranking and its end."""
+    first, others = cases[:NUM_PICTURES], cases[NUM_PICTURES:]
+    ordinary = [others[(len(others) - 1) // 2], others[-1]] if others else []
+    return list(dict.fromkeys(case.case for case in [*first, *ordinary]))
 
 
-def _measure(predictions: Sequence[Case], name: str, labels: Labels | None) -> Batch:
-    counts: dict[str, dict[int, float]] = {}
-    failed: dict[str, MedsegError] = {}
-    units = set()
-    for case in track(predictions, "measuring"):
-        try:
-            counts[case.id], unit = _volumes_by_value(case.images[0])
-        except MedsegError as error:
-            failed[case.id] = error
-        except OSError as error:
-            message = f"cannot be read ({error.strerror or error})"
-            failed[case.id] = DataError("E-FILE", message, where=str(case.images[0]))
-        else:
-            units.add(unit)
-    if not counts:
-        raise Problems(list(failed.values()))
-    labels = labels or numbered_labels(value for found in counts.values() for value in found)
-    for case in predictions:
-        check_label_values(np.array(list(counts.get(case.id, ())), dtype=np.int64), labels, str(case.images[0]))
-    volumes = {
-        case: {organ: sum(found.get(value, 0.0) for value in values) for organ, values in labels.organ_values.items()}
-        for case, found in counts.items()
-    }
-    digits = {
-        organ: significant_digits([found[organ] for found in volumes.values()]) if "ml" in units else 0
-        for organ in labels.organ_values
-    }
-    return Batch(name, _ranked(volumes, labels), failed, labels, " and ".join(sorted(units)), digits)
+def _looks(
+    cases: Sequence[str], files: Mapping[str, CaseFiles], preprocessing: Preprocessing, labels: Labels
+) -> tuple[dict[str, str], list[Shown], Missing]:
+    """Pictures by case, the first volumes for the viewer, and why others are not shown; one scan at a time in memory."""
+    pictures: dict[str, str] = {}
+    in_viewer: list[Shown] = []
+    missing: Missing = {}
+    for case in cases:
+        scenes, reasons = load_scenes([case], files, preprocessing, labels, unknown="no scan is called like them")
+        for reason, names in reasons.items():
+            missing.setdefault(reason, []).extend(names)
+        for scene in scenes.values():
+            pictures[case] = drawn(scene, labels)
+            if scene.image.ndim == 3 and len(in_viewer) < NUM_IN_VIEWER:
+                in_viewer.append(shown(scene, labels, case))
+    return pictures, in_viewer, missing
 
 
-def _volumes_by_value(path: Path) -> tuple[dict[int, float], str]:
-    """In ml, or in pixels where a picture says nothing of its size; and which of them."""
-    label = read_label(path)
-    values, counts = np.unique(label.array, return_counts=True)
-    is_volume = label.geometry.spatial_dims == 3
-    size, unit = (label.geometry.voxel_ml, "ml") if is_volume else (1.0, "pixels")
-    return {int(value): float(count * size) for value, count in zip(values, counts, strict=True)}, unit
-
-
-def _ranked(volumes: Mapping[str, Mapping[str, float]], labels: Labels) -> list[Measured]:
-    """What stands out most first, and of the others what lacks most organs."""
-    z = {organ: _z_of(np.array([found[organ] for found in volumes.values()])) for organ in labels.organ_values}
-    cases = [
-        Measured(case, f"case-{n}", found, {organ: float(z[organ][n]) for organ in z})
-        for n, (case, found) in enumerate(volumes.items())
-    ]
-    return sorted(cases, key=lambda case: (-case.outlying, -len(case.not_found)))
-
-
-def _z_of(volumes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Robust z of an organ's volumes; where most cases lack it, its absence is the rule, and only the others compare."""
-    compared = volumes > 0 if 2 * np.count_nonzero(volumes) < len(volumes) else np.ones(len(volumes), bool)
-    z = np.zeros(len(volumes))
-    if np.count_nonzero(compared) >= MIN_CASES:
-        z[compared] = robust_z(volumes[compared])
-    return z
-
-
-def _opening(batch: Batch) -> str:
-    tiles = []
-    for organ in list(batch.labels.organ_values)[:MAX_TILES]:
-        found = np.array([case.volumes[organ] for case in batch.cases])
-        middle, low, high = (number(ml, batch.digits[organ]) for ml in np.percentile(found, [50, 25, 75]))
-        absent = f"<br>not found in {int((found == 0).sum())} of {len(found)}" if (found == 0).any() else ""
-        tiles.append(
-            f'<div class="tile"><dt>{escape(organ)}</dt><dd><div class="number">{middle}</div>'
-            f'<div class="detail">{batch.unit}, median; middle half {low} to {high}{absent}</div></dd></div>'
-        )
+def _opening(batch: Batch, told: Mapping[str, Told]) -> str:
+    eyebrow = "medseg report · segmentations without references · for research only"
     return (
-        '<header><p class="eyebrow">medseg report · segmentations without references · for research only</p>'
-        f'<h1>{escape(batch.name)}</h1><p class="lede">{counted(len(batch.cases), "scan")} segmented. '
-        f"{_verdict(batch)}</p>{_findings(batch)}"
-        f'<dl class="tiles">{"".join(tiles)}</dl></header>'
+        f'<header><p class="eyebrow">{eyebrow}</p><h1>{escape(batch.name)}</h1>'
+        f'<p class="lede">{_lede(batch)}</p>{_findings(batch)}{_course(list(told.values()))}'
+        f'<dl class="tiles">{"".join(_tiles(batch))}</dl></header>'
     )
+
+
+def _lede(batch: Batch) -> str:
+    refused = batch.refused
+    waiting = len(batch.lacking) - len(refused)
+    segmented = len(batch.cases) + len(batch.failed) + batch.unread
+    of_all = f" of {segmented + len(batch.lacking):,}" if batch.lacking else ""
+    sentences = [f"{segmented:,}{of_all} {'scan' if segmented == 1 and not of_all else 'scans'} segmented."]
+    if refused:
+        given_up = sum(told["state"] == "quarantined" for told in refused)
+        why = f", {given_up} of them as they ended their processes" if given_up else ""
+        sentences.append(f'<b><a href="#refused">{counted(len(refused), "scan")} failed</a></b>{why}.')
+    if waiting:
+        sentences.append(f"<b>{waiting:,} {'is' if waiting == 1 else 'are'} still to be done.</b>")
+    return " ".join([*sentences, _verdict(batch)])
 
 
 def _verdict(batch: Batch) -> str:
     if len(batch.cases) < MIN_CASES:
         return f"That is too few to say which volumes are unusual; it takes {MIN_CASES}."
+    has_doubts = _is_known(batch, "uncertainty")
     if count := len(batch.outliers):
-        number_of = f"{count} of them have" if count > 1 else "One of them has"
-        return f"<b>{number_of} a volume that stands out</b> and should be looked at first."
-    return "No volume stands out among the others."
+        number_of = f"{count:,} of them have" if count > 1 else "One of them has"
+        what = "a volume or an uncertainty" if has_doubts else "a volume"
+        return f"<b>{number_of} {what} that stands out</b> and should be looked at first."
+    return f"No volume{' and no uncertainty' if has_doubts else ''} stands out among the others."
 
 
 def _findings(batch: Batch) -> str:
@@ -311,58 +198,179 @@ def _findings(batch: Batch) -> str:
         reasons = "; ".join(f"{escape(c)}: {e.error_id} {escape(e.message)}" for c, e in batch.failed.items())
         files = counted(len(batch.failed), "file")
         notices.append(f"<b>Not readable: {files}</b>, not in these numbers. {reasons}")
+    if batch.unread:
+        files = counted(batch.unread, "segmentation")
+        notices.append(
+            f"<b>Not measured: {files}</b> of an earlier call, not in these numbers. <code>medseg report FOLDER</code> "
+            "reads them all."
+        )
     return "".join(f'<p class="notice">{notice}</p>' for notice in notices)
 
 
-def _spread(batch: Batch) -> str:
-    values = {
-        organ: [(case.anchor, case.volumes[organ]) for case in batch.cases] for organ in batch.labels.organ_values
-    }
-    figure = organs_figure(values, across=f"volume ({batch.unit})", limits=None)
+def _course(told: Sequence[Told]) -> str:
+    """How the work went: pace, time and memory."""
+    done = [row for row in told if row["state"] == "done" and row.get("seconds") is not None]
+    if not done:
+        return ""
+    busy = busy_seconds(done)
+    seconds = {row["case"]: row["seconds"] for row in done}
+    slowest = max(seconds, key=lambda case: seconds[case])
+    sums = {name: _sum(done, name) for name in ("network_seconds", "seconds", "windows", "windows_in_air")}
+    windows = sums["windows"] + sums["windows_in_air"]
+    share = 100 * sums["windows_in_air"] / windows if windows else 0.0
+    spared = f", of which {share:.0f} % were passed over, as they lie in the air" if share else ""
+    peaks = [row["peak_mb"] for row in told if row.get("peak_mb")]
+    died = sum(bool(row.get("attempts") or row.get("kills")) for row in told)
+    each = (
+        f"{_seconds(float(np.median(list(seconds.values()))))} each (median), at the most {_seconds(seconds[slowest])}"
+    )
+    entries = {
+        "pace": f"{60 * len(done) / busy:,.1f} scans a minute, {duration(busy)} in all" if busy else None,
+        "time": f"{each} ({slowest})" if len(done) > 1 else each,
+        "in the network": f"{100 * sums['network_seconds'] / sums['seconds']:.0f} % of that" if sums["seconds"] else None,
+        "windows": f"{windows:,.0f}{spared}" if windows else None,
+        "memory": f"{max(peaks) / 1000:.1f} GB in a process, at the most" if peaks else None,
+        "processes lost": f"over {counted(died, 'scan')}; the table says which" if died else None,
+    }  # fmt: skip
+    return f'<details class="course"><summary>How the work went</summary>{definitions(entries)}</details>'
+
+
+def _sum(rows: Sequence[Told], name: str) -> float:
+    return sum(row.get(name) or 0 for row in rows)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+
+
+def _tiles(batch: Batch) -> list[str]:
+    tiles = []
+    for organ in list(batch.labels.organ_values)[:MAX_TILES] if batch.cases else ():
+        found = np.array([case.volumes[organ] for case in batch.cases])
+        middle, low, high = (number(ml, batch.digits[organ]) for ml in np.percentile(found, [50, 25, 75]))
+        absent = f"<br>not found in {int((found == 0).sum())} of {len(found)}" if (found == 0).any() else ""
+        tiles.append(
+            f'<div class="tile"><dt>{escape(organ)}</dt><dd><div class="number">{middle}</div>'
+            f'<div class="detail">{batch.unit}, median; middle half {low} to {high}{absent}</div></dd></div>'
+        )
+    return tiles
+
+
+def _refused(batch: Batch) -> str:
+    """The scans that have no segmentation, and why."""
+    refused = batch.refused
+    if not refused:
+        return ""
+    faults = [fault_told(told) for told in refused]
+    columns = [
+        Column("fault", [fault.error_id for fault in faults]),
+        Column("what is wrong, and what to do", [fault.message for fault in faults]),
+    ]
+    columns += _known_columns(refused, {"attempts": "processes lost", "peak_mb": "memory (MB)"})
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in Counter(fault.error_id for fault in faults).most_common())
+    table = sortable_table(
+        [(told["case"], f"refused-{n}") for n, told in enumerate(refused)], columns, {}, caption="Scans that failed"
+    )
     return section(
-        "Volumes, organ by organ",
-        f'<figure class="figure">{figure_svg(figure, "Volume of each organ, a dot for each case")}</figure>',
-        explanation="Each dot is a case, and leads to its row in the table. The box holds the middle half of the cases, the "
-        "line in it is the median.",
+        "Scans without a segmentation",
+        f'<div id="refused">{table}</div>',
+        explanation=f"{escape(kinds)}. The same command with <code>--resume</code> tries them again, and nothing else.",
     )
 
 
-def _pictures(batch: Batch, scenes: Mapping[str, Scene], missing: Missing) -> str:
+def _spread(batch: Batch) -> str:
+    if not batch.cases:
+        return ""
+    volumes = {organ: [case.volumes[organ] for case in batch.cases] for organ in batch.labels.organ_values}
+    anchors = [case.anchor for case in batch.cases]
+    values = {organ: list(zip(anchors, found, strict=True)) for organ, found in volumes.items()}
+    is_log = wants_log(volumes)
+    figure = organs_figure(values, across=f"volume ({batch.unit})", limits=None, is_log=is_log)
+    dots = "Each dot is a case, and leads to its row in the table."
+    if len(anchors) > (most := num_dots(len(volumes))):
+        dots = f"Dots are cases, of each organ the {most:,} smallest and largest, and lead to their rows in the table."
+    return section(
+        "Volumes, organ by organ",
+        f'<figure class="figure">{figure_svg(figure, "Volume of each organ, a dot for each case")}</figure>',
+        explanation=f"{dots} The box holds the middle half of the cases, the line in it is the median."
+        + " Each step of the axis is ten times the one before." * is_log,
+    )
+
+
+def _pictures(batch: Batch, pictures: Mapping[str, str], missing: Missing, *, of_volumes: bool) -> str:
     notice = missing_notice(missing)
-    if not scenes and not notice:
+    if not batch.cases:
+        return ""
+    if not pictures and not notice:
         notice = (
             '<p class="notice">The scans are not known here, so there are no pictures. Name them to have some: '
             "<code>medseg report FOLDER --scans SCANS</code>.</p>"
         )
-    ranks = "robust z {} · " if len(batch.cases) >= MIN_CASES else ""
-    captions = {
-        case.case: f'<a href="#{case.anchor}">its row</a> · {ranks.format(number(case.outlying, 1))}'
-        f"{escape(case.note) or 'nothing unusual'}"
-        for case in batch.cases
-    }
+    has_ranks = len(batch.cases) >= MIN_CASES
+    captions = {case.case: _caption(case, has_ranks=has_ranks) for case in batch.cases if case.case in pictures}
+    has_ordinary = has_ranks and len(batch.cases) > NUM_PICTURES
     return pictures_section(
-        "The most unusual cases in pictures" if ranks else "Cases in pictures",
-        scenes,
-        batch.labels,
+        "Those to look at first, in pictures" if has_ranks else "Cases in pictures",
+        pictures,
         captions,
+        of_volumes=of_volumes,
         notice=notice,
-        explanation="Colored lines: what the network drew." + " The last one is the most usual of all." * bool(ranks),
+        explanation="Colored lines: what the network drew."
+        + " The last ones are ordinary: one from the middle of the table, one from its end." * has_ordinary,
     )
+
+
+def _caption(case: Measured, *, has_ranks: bool) -> str:
+    told = [f'<a href="#{case.anchor}">its row</a>']
+    told += [f"uncertainty {number(case.uncertainty, 2)}"] if not math.isnan(case.uncertainty) else []
+    told += [f"robust z {number(case.outlying, 1)}"] if has_ranks else []
+    return " · ".join([*told, escape(case.note) or "nothing unusual"])
 
 
 def _table(batch: Batch, pictured: Mapping[str, str]) -> str:
     cases = batch.cases
+    if not cases:
+        return ""
     columns = []
-    explanation = "A click on a heading sorts by it."
+    explanation = "A click on a heading sorts by it." + " A linked case is pictured above." * bool(pictured)
+    if any(case.note for case in cases):
+        columns.append(Column("what stands out", [case.note for case in cases]))
     if len(cases) >= MIN_CASES:
         columns.append(Column("robust z", [case.outlying for case in cases], digits=1))
         explanation += (
-            " The robust z says by how many typical deviations a case’s most unusual volume differs from the median of "
-            f"all; beyond {OUTLIER} it stands out."
+            " The robust z says by how many typical deviations a case’s most unusual volume, or its uncertainty, differs "
+            f"from the median of all; beyond {OUTLIER} it stands out."
         )
-    for organ in batch.labels.organ_values:
+    told = [case.told for case in cases]
+    columns += _known_columns(told, {"uncertainty": "uncertainty", "agreement": "agreement"}, digits=2)
+    if _is_known(batch, "uncertainty"):
+        explanation += " Uncertainty goes from 0 to 1: the higher, the less the network stands by what it drew."
+    organs = list(batch.labels.organ_values)
+    if len(organs) * len(cases) > MAX_VOLUMES and len(organs) > MAX_ORGAN_COLUMNS:
+        explanation += f" Of {len(organs)} organs the first {MAX_ORGAN_COLUMNS} have columns."
+        organs = organs[:MAX_ORGAN_COLUMNS]
+    for organ in organs:
         columns.append(Column(f"{organ} ({batch.unit})", [case.volumes[organ] for case in cases], batch.digits[organ]))
-    if any(case.note for case in cases):
-        columns.append(Column("what stands out", [case.note for case in cases]))
+    columns += _known_columns(told, {"seconds": "seconds"}, digits=1)
+    work = {
+        "windows": "windows", "windows_in_air": "passed over", "peak_mb": "memory (MB)", "attempts": "processes lost",
+    }  # fmt: skip
+    columns += _known_columns(told, work)
     table = sortable_table([(case.case, case.anchor) for case in cases], columns, pictured)
-    return section("Every case, what stands out first", table, explanation=explanation)
+    heading = "Every case, what stands out first"
+    heading += ", then the least sure" if _is_known(batch, "uncertainty") else ""
+    return section(heading, table, explanation=explanation)
+
+
+def _known_columns(told: Sequence[Told], headings: Mapping[str, str], *, digits: int = 0) -> list[Column]:
+    """Columns for what is known of some cases, and is not 0 of all."""
+    found = {heading: [number_told(row, name) for row in told] for name, heading in headings.items()}
+    return [
+        Column(heading, cells, digits)
+        for heading, cells in found.items()
+        if any(cell and not math.isnan(cell) for cell in cells)
+    ]
+
+
+def _is_known(batch: Batch, name: str) -> bool:
+    return any(case.told.get(name) is not None for case in batch.cases)

@@ -74,36 +74,46 @@ def labels_of(scenes: Iterable[Scene]) -> Labels:
     return numbered_labels(int(value) for label_map in maps for value in np.unique(label_map))
 
 
+def drawn(scene: Scene, labels: Labels) -> str:
+    """The contours of a scene, as HTML.
+
+    Args:
+        scene: What is shown.
+        labels: What is drawn in it.
+    """
+    return picture_html(scene.picture(labels), f"Contours of {scene.case} in the scan")
+
+
 def pictures_section(
     heading: str,
-    scenes: Mapping[str, Scene],
-    labels: Labels,
+    pictures: Mapping[str, str],
     captions: Mapping[str, str],
     *,
+    of_volumes: bool,
     notice: str,
     explanation: str = "",
 ) -> str:
-    """The contours of every scene; empty where there is neither a scene nor a notice.
+    """The contours of some cases; empty where there is neither a picture nor a notice.
 
     Args:
         heading: Plain text.
-        scenes: By case.
-        labels: What is drawn in them.
+        pictures: By case, see `drawn`.
         captions: HTML by case; the case's name comes before it.
+        of_volumes: Whether they show planes of volumes.
         notice: HTML about those that are not shown.
         explanation: HTML that says whose lines these are.
     """
-    if not scenes and not notice:
+    if not pictures and not notice:
         return ""
-    anchors = picture_anchors(scenes)
+    anchors = picture_anchors(pictures)
     figures = [
-        f'<figure id="{anchors[case]}">{picture_html(scene.picture(labels), f"Contours of {case} in the scan")}'
+        f'<figure id="{anchors[case]}">{picture}'
         f"<figcaption><strong>{escape(case)}</strong> · {captions[case]}</figcaption></figure>"
-        for case, scene in scenes.items()
+        for case, picture in pictures.items()
     ]
-    told = f"{explanation} {LEFT_AND_RIGHT if any(s.image.ndim == 3 for s in scenes.values()) else ''}".strip()
+    told = f"{explanation} {LEFT_AND_RIGHT if of_volumes else ''}".strip()
     content = f'<div class="pictures">{"".join(figures)}</div>{notice}'
-    return section(heading, content, explanation=told if scenes else "")
+    return section(heading, content, explanation=told if pictures else "")
 
 
 def picture_anchors(scenes: Iterable[str]) -> dict[str, str]:

@@ -26,12 +26,28 @@ COLUMNS = (
 _MOST_LISTED = 10
 
 
+def summary_row(case: str, image: Path, output: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+    """A case's row of the table.
+
+    Args:
+        case: Its id.
+        image: Its scan.
+        output: Its segmentation, if there is one.
+        told: What the ledger says of it.
+    """
+    peak_mb = round(told["peak_bytes"] / 1e6) if told["peak_bytes"] else None
+    written = str(output) if told["state"] == "done" else None
+    return {**told, "case": case, "input": str(image), "output": written, "peak_mb": peak_mb}
+
+
 def write_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a row for each case of a batch; what is not known of it is empty."""
+    """Write a row for each case of a batch, its organs' volumes last; what is not known of it is empty."""
+    volumes = [{f"{organ}_{row['unit']}": size for organ, size in row.get("volumes", {}).items()} for row in rows]
+    organs = dict.fromkeys(column for found in volumes for column in found)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, [*COLUMNS, *organs], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({**row, **found} for row, found in zip(rows, volumes, strict=True))
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
@@ -53,7 +69,7 @@ def prediction_summary(result: Mapping[str, Any]) -> RenderableType:
         first = [f"{entry['case']} ({entry['uncertainty']:.2f})" for entry in unsure]
         lines += [f"look at these first, they are the least sure: {listed(first)}"]
     if failed:
-        lines += str(Problems([_fault(entry) for entry in failed])).splitlines()
+        lines += str(Problems([fault_told(entry) for entry in failed])).splitlines()
     if len(done) + len(failed) < 2:
         return _lines(lines)
     table = Table("done", "failed", "quarantined", "seconds", "scans a minute", "in the network", box=None)
@@ -61,7 +77,8 @@ def prediction_summary(result: Mapping[str, Any]) -> RenderableType:
     share = f"{network:.0f} s" if network else "–"
     pace = f"{60 * len(done) / seconds:.1f}" if seconds else "–"
     table.add_row(str(len(done)), str(len(failed) - given_up), str(given_up), f"{seconds:.0f}", pace, share)
-    places = [f"each case: {result['summary']}", f"look at them: medseg report {Path(result['summary']).parent}"]
+    look = result.get("report") or f"medseg report {Path(result['summary']).parent}"
+    places = [f"each case: {result['summary']}", f"look at them: {look}"]
     return Group(_lines(lines), table, _lines(places))
 
 
@@ -82,7 +99,7 @@ def _plan(planned: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _fault(entry: Mapping[str, Any]) -> MedsegError:
+def fault_told(entry: Mapping[str, Any]) -> MedsegError:
     """The error that an entry tells, apart from the place it names."""
     error_id, message = entry["error_id"], entry["message"]
     for place in (entry["input"], f"case {entry['case']}"):

@@ -20,6 +20,7 @@ from medseg.reporting.figures import curves_figure, organs_figure
 from medseg.reporting.page import asset, definitions, figure_svg, html_page, section
 from medseg.reporting.pictures import (
     Missing,
+    drawn,
     labels_of,
     load_scenes,
     missing_notice,
@@ -29,12 +30,9 @@ from medseg.reporting.pictures import (
 from medseg.reporting.run import Result, Run, read_run
 from medseg.reporting.scene import Scene
 from medseg.reporting.tables import Row, cases_table, number, rank_cases, values_of
-from medseg.reporting.viewer import Shown, inline_script, viewer_section
+from medseg.reporting.viewer import Shown, inline_script, shown, viewer_section
 from medseg.reporting.words import digits_for, is_score, plain_words, short_name
 from medseg.wording import counted, duration
-
-REPORT = "report.html"
-"""What the page is called in a run folder."""
 
 NUM_WORST = 5
 MAX_TILES = 6
@@ -78,13 +76,13 @@ def write_run_page(
     rows = rank_cases(run.scores, metrics[0])
     scenes, missing = _scenes(run, rows)
     labels = run.labels or labels_of(scenes.values())
-    shown = _shown(rows, scenes, metrics[0])
+    in_viewer = _in_viewer(rows, scenes, labels, metrics[0])
     parts = [
         _opening(run, rows, metrics[0]),
         _reading(metrics),
         _spread(rows, metrics),
         _progress(run),
-        viewer_section(shown, labels),
+        viewer_section(in_viewer, labels),
         _pictures(run, rows, scenes, missing, labels, metrics[0]),
         section(
             "Every case, worst first",
@@ -100,7 +98,7 @@ def write_run_page(
     ]
     page = html_page(f"{run.name}: report", "\n".join(part for part in parts if part))
     write_atomically(output, page.encode())
-    return {"cases": len(rows), "pictures": len(scenes), "viewer_cases": len(shown)}
+    return {"cases": len(rows), "pictures": len(scenes), "viewer_cases": len(in_viewer)}
 
 
 def metrics_of(run: Run) -> list[str]:
@@ -259,14 +257,15 @@ def _named(rows: Sequence[Row]) -> dict[str, Row]:
     return {"worst": known[0], "median": known[len(known) // 2], "best": known[-1]}
 
 
-def _shown(rows: Sequence[Row], scenes: Mapping[str, Scene], metric: str) -> list[Shown]:
+def _in_viewer(rows: Sequence[Row], scenes: Mapping[str, Scene], labels: Labels, metric: str) -> list[Shown]:
     """The worst, the median and the best case in the viewer, each once."""
     digits = digits_for(metric, [row.rank for row in rows])
     named: dict[str, Shown] = {}
     for name, row in _named(rows).items():
         if row.case in scenes and scenes[row.case].image.ndim == 3:
             detail = f"{short_name(metric)} {number(row.mean(metric), digits)}"
-            named.setdefault(row.case, Shown(scenes[row.case], f"{name}: {row.case}", detail))
+            if row.case not in named:
+                named[row.case] = shown(scenes[row.case], labels, f"{name}: {row.case}", detail)
     return list(named.values())
 
 
@@ -310,9 +309,9 @@ def _pictures(
         notice += '<p class="notice">Nothing says what the labels are called: name them with <code>--labels</code>.</p>'
     return pictures_section(
         "Worst, median and best cases in pictures",
-        scenes,
-        labels,
+        {case: drawn(scene, labels) for case, scene in scenes.items()},
         captions,
+        of_volumes=any(scene.image.ndim == 3 for scene in scenes.values()),
         notice=notice,
         explanation=f"Colored lines: {'what the network drew' if run.trainings else 'the prediction'}. "
         "White lines: what the expert drew (the reference).",

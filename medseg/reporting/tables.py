@@ -14,6 +14,8 @@ from medseg.metrics.table import Score
 from medseg.reporting.words import digits_for, short_name
 
 MAX_ORGAN_COLUMNS = 12
+MIN_FILTERED = 20
+"""A table of so many rows can be filtered."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _columns(rows: Sequence[Row], metric: str, *, is_main: bool) -> list[Column]
 def sortable_table(
     rows: Sequence[tuple[str, str]], columns: Sequence[Column], pictured: Mapping[str, str], *, caption: str = "Cases"
 ) -> str:
-    """A table whose headings sort it.
+    """A table whose headings sort it; a long one has a field above it that filters its rows.
 
     Args:
         rows: Case and anchor of each.
@@ -145,8 +147,13 @@ def sortable_table(
         shown = f'<a href="#{pictured[case]}">{name}</a>' if case in pictured else name
         cells = "".join(_cell(column, column.cells[n]) for column in columns)
         body.append(f'<tr id="{anchor}"><th scope="row" data-value="{name}">{shown}</th>{cells}</tr>')
+    filtered = (
+        '<input type="search" class="filter" aria-label="Filter" placeholder="show only rows with …">'
+        if len(rows) >= MIN_FILTERED
+        else ""
+    )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="sortable">'
+        f'{filtered}<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="sortable">'
         f"<thead><tr>{headings}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table></div>"
     )
 

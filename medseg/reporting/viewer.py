@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -40,14 +40,26 @@ class Shown:
     """A case of the viewer.
 
     Args:
-        scene: What is shown.
+        content: What the page's program shows of it.
         name: What its button says.
         detail: More about it.
     """
 
-    scene: Scene
+    content: Mapping[str, Any]
     name: str
     detail: str = ""
+
+
+def shown(scene: Scene, labels: Labels, name: str, detail: str = "") -> Shown:
+    """A scene as the viewer takes it; the scene itself, which is large, is no longer needed.
+
+    Args:
+        scene: A volume.
+        labels: What is drawn in it.
+        name: What its button says.
+        detail: More about it.
+    """
+    return Shown(_content(scene, labels), name, detail)
 
 
 def viewer_section(cases: Sequence[Shown], labels: Labels, *, explanation: str = "") -> str:
@@ -76,7 +88,7 @@ def viewer_html(cases: Sequence[Shown], labels: Labels) -> str:
         labels: What is drawn in them.
     """
     colors = [COLORS[n % len(COLORS)] for n in range(len(labels.organ_values))]
-    has_reference = any(case.scene.reference is not None for case in cases)
+    has_reference = any("reference" in case.content["layers"] for case in cases)
     buttons = "".join(
         f'<button type="button" data-case="{n}" aria-pressed="{"true" if n == 0 else "false"}" '
         f'title="{escape(case.detail)}">{escape(case.name)}</button>'
@@ -104,7 +116,7 @@ def viewer_html(cases: Sequence[Shown], labels: Labels) -> str:
 <ul class="legend">{entries}</ul>
 </div>
 <script type="application/json" id="viewer-colors">{json.dumps([_rgb(color) for color in colors])}</script>
-<script type="application/json" id="viewer-cases">{json.dumps([_content(case.scene, labels) for case in cases])}</script>
+<script type="application/json" id="viewer-cases">{json.dumps([case.content for case in cases])}</script>
 <script>{inline_script(asset("niivue.umd.js"))}</script>
 <script>{inline_script(asset("viewer.js"))}</script>"""
 

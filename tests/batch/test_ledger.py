@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from medseg.batch.ledger import MAX_KILLS, Death, Job, Ledger, only_writer, worker_name
+from medseg.batch.deaths import MAX_KILLS, Death
+from medseg.batch.ledger import Job, Ledger, only_writer, worker_name
 from medseg.errors import DataError, WorkerError, WorkflowError
 
 OPTIONS = {"model": "abc", "overlap": 0.5}
@@ -171,6 +172,26 @@ def test_a_lease_that_runs_out_gives_the_case_to_another_worker(tmp_path):
     assert not finish(ledger, job, "silent") and finish(ledger, job, "other")
 
 
+def test_a_worker_may_be_named_by_the_end_of_its_name(ledger):
+    first, second = claim(ledger, "host:1:abc"), claim(ledger, "host:2:def")
+    assert ledger.bury("def", KILL) and not ledger.bury("xyz", KILL)
+    assert states(ledger) == ["running", "todo", "todo"]
+    ledger.release("abc")
+    assert states(ledger) == ["todo"] * 3
+    assert [row(ledger, number)["kills"] for number in range(2)] == [0, 1], (first, second)
+
+
+def test_the_dead_are_reaped_unless_the_caller_watches_over_them(ledger):
+    process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(0,))
+    process.start()
+    process.join()
+    gone = worker_name("abc").replace(f":{os.getpid()}:", f":{process.pid}:")
+    for worker in (gone, worker_name("def"), "elsewhere:1:ghi"):
+        claim(ledger, worker)
+    assert ledger.reap(["abc", "ghi"]) == 1 and states(ledger) == ["running"] * 3
+    assert ledger.reap() == 2 and states(ledger) == ["todo", "running", "running"]
+
+
 def test_what_a_worker_gives_back_is_nobodys_fault(ledger):
     claim(ledger)
     ledger.release("w")
@@ -200,7 +221,7 @@ def test_resume_takes_back_what_a_process_of_this_machine_had_that_is_no_more(le
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=time.sleep, args=(0,))
     process.start()
-    gone, alive, far = worker_name(pid=process.pid), worker_name(), "elsewhere:1:abc"
+    gone, alive, far = worker_name().replace(f":{os.getpid()}:", f":{process.pid}:"), worker_name(), "elsewhere:1:abc"
     process.join()
     for worker in (gone, alive, far):
         claim(ledger, worker)

@@ -1,6 +1,5 @@
 """One worker, in this process: the next case is read and the last one written while one is segmented."""
 
-import multiprocessing
 import threading
 import time
 
@@ -8,7 +7,7 @@ import pytest
 
 from medseg.batch.ledger import Ledger
 from medseg.batch.progress import line
-from medseg.batch.worker import LedgerHandler, Place, work, work_elsewhere
+from medseg.batch.worker import work
 from medseg.errors import ModelError
 
 from .segmenters import Loading, jobs
@@ -139,26 +138,6 @@ def test_a_worker_keeps_its_lease_while_a_case_takes_long(tmp_path):
         time.sleep(0.1)
     thread.join()
     assert ledger.committed() == ["c0"]
-
-
-def elsewhere(ledger, folder, end) -> None:
-    fault = work_elsewhere(ledger, Loading(), worker="far", place=Place("cpu"), folder=folder)
-    end.send(None if fault is None else str(fault))
-
-
-def test_a_worker_elsewhere_returns_what_stopped_it_and_logs_into_the_ledger(tmp_path):
-    todo = jobs(tmp_path, ["segment:log careful", f"write:full {tmp_path}/x"])
-    ledger = Ledger.begin(tmp_path / "ledger.db", todo, {})
-    context = multiprocessing.get_context("forkserver")
-    mine, its = context.Pipe(duplex=False)
-    process = context.Process(target=elsewhere, args=(ledger, str(tmp_path), its))
-    process.start()
-    its.close()
-    assert "No space left" in mine.recv()
-    process.join()
-    assert [message for _, _, message in ledger.heard(0)] == ["W-TEST careful"]
-    mine.close()
-    assert LedgerHandler(ledger, "w").level == 30
 
 
 def test_the_line_at_the_bar_tells_failures_and_the_case_that_takes_long():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medseg.reporting.batch_page import robust_z
+from medseg.reporting.batch import robust_z
 
 
 def test_robust_z_is_iglewicz_and_hoaglins() -> None:
@@ -70,7 +70,7 @@ def test_with_its_scans_it_shows_them_and_names_the_organs(segmentations: Path, 
 
     write_spec(tmp_path / "model", fold=0)
     result = report(str(segmentations), scans=tmp_path / "data" / "images", labels=tmp_path / "model")
-    assert (result["pictures"], result["viewer_cases"]) == (6, 2)
+    assert (result["pictures"], result["viewer_cases"]) == (8, 2), "six and two ordinary ones"
     html = (segmentations / "report.html").read_text()
     assert "spleen: not found" in html
     assert 'name="reference"' not in html, "there is none to show"
@@ -215,5 +215,5 @@ def test_the_scans_of_a_whole_manifest_are_known(segmentations: Path, tmp_path: 
     described = {"name": "toy", **LABELS.to_dict(), "modality": {"0": "CT"}, "training": listed[:4], "test": listed[4:]}
     (tmp_path / "set.json").write_text(json.dumps(described))
     result = report(str(segmentations), scans=tmp_path / "set.json")
-    assert result["pictures"] == 6
+    assert result["pictures"] == 8
     assert "no scan is called like them" not in (segmentations / "report.html").read_text()

@@ -11,7 +11,9 @@ import numpy.typing as npt
 import pytest
 
 from medseg.reporting import viewer
+from medseg.reporting.page import asset, html_page
 from medseg.reporting.run_page import write_run_page
+from medseg.reporting.tables import MIN_FILTERED, Column, sortable_table
 
 from .browser import Browser, find_browser
 from .run_folders import make_run, right_sided, shifted
@@ -137,3 +139,21 @@ def test_a_heading_sorts_the_table_both_ways(browser: Browser) -> None:
     for expected in (["exact", "near", "off"], ["off", "near", "exact"]):
         browser.evaluate("document.querySelectorAll('table.sortable thead button')[0].click()")
         assert browser.evaluate(names) == expected
+
+
+def test_a_field_above_a_long_table_filters_its_rows(tmp_path: Path) -> None:
+    cases = [(f"c{n}", f"case-{n}") for n in range(MIN_FILTERED)]
+    notes = Column("note", ["liver: Not found" if n in (3, 7) else "" for n in range(MIN_FILTERED)])
+    script = f"<script>{viewer.inline_script(asset('page.js'))}</script>"
+    (tmp_path / "page.html").write_text(html_page("t", sortable_table(cases, [notes], {}) + script))
+    seen = "[...document.querySelectorAll('tbody tr')].filter(row => row.offsetHeight).map(row => row.id)"
+    typed = (
+        "(field => (field.value = '{}', field.dispatchEvent(new Event('input'))))(document.querySelector('.filter'))"
+    )
+    with Browser(tmp_path / "profile") as opened:
+        opened.open(tmp_path / "page.html")
+        assert len(opened.evaluate(seen)) == MIN_FILTERED
+        opened.evaluate(typed.format("not FOUND "))
+        assert opened.evaluate(seen) == ["case-3", "case-7"]
+        opened.evaluate(typed.format(""))
+        assert len(opened.evaluate(seen)) == MIN_FILTERED

@@ -51,3 +51,19 @@ def test_what_is_not_known_of_a_case_is_empty_in_the_table(tmp_path):
     with (tmp_path / "summary.csv").open() as stream:
         (row,) = csv.DictReader(stream)
     assert (row["case"], row["seconds"], row["error_id"]) == ("a", "1.5", "") and "worker" not in row
+
+
+def test_the_table_tells_the_volumes_of_every_organ_that_a_case_has(tmp_path):
+    rows = [
+        {"case": "a", "volumes": {"liver": 1500.5, "spleen": 0.0}, "unit": "ml"},
+        {"case": "b", "error_id": "E-DISK"},
+    ]
+    write_summary(tmp_path / "summary.csv", rows)
+    with (tmp_path / "summary.csv").open() as stream:
+        first, second = csv.DictReader(stream)
+    assert (first["liver_ml"], first["spleen_ml"], second["liver_ml"]) == ("1500.5", "0.0", "")
+
+
+def test_a_batch_with_a_page_names_it():
+    told = shown(result(done=[done(n) for n in range(2)], report="out/report.html"))
+    assert "look at them: out/report.html" in told and "medseg report" not in told

@@ -18,7 +18,7 @@ from medseg.labels import Labels
 from medseg.reporting import viewer
 from medseg.reporting.run import Run, read_run
 from medseg.reporting.scene import Scene, box_around, load_scene, organ_numbers
-from medseg.reporting.viewer import Shown, viewer_html
+from medseg.reporting.viewer import shown, viewer_html
 
 from .run_folders import LABELS, make_run, right_sided
 
@@ -100,7 +100,7 @@ def test_of_regions_that_overlap_the_later_lies_on_top() -> None:
 
 
 def test_the_viewers_volumes_lie_where_the_scan_does(run: Run, tmp_path: Path) -> None:
-    (layers,) = volumes_of(viewer_html([Shown(scene_of(run), "worst: a")], LABELS), tmp_path)
+    (layers,) = volumes_of(viewer_html([shown(scene_of(run), LABELS, "worst: a")], LABELS), tmp_path)
     source = nib.load(run.cases["a"].reference)
     for name in ("prediction", "reference"):
         assert layers[name].get_data_dtype() == np.uint8
@@ -110,7 +110,7 @@ def test_the_viewers_volumes_lie_where_the_scan_does(run: Run, tmp_path: Path) -
 
 
 def test_the_viewers_scan_keeps_its_gray_values(run: Run, tmp_path: Path) -> None:
-    (layers,) = volumes_of(viewer_html([Shown(scene_of(run), "worst: a")], LABELS), tmp_path)
+    (layers,) = volumes_of(viewer_html([shown(scene_of(run), LABELS, "worst: a")], LABELS), tmp_path)
     hu, organ = layers["image"].get_fdata(), np.asarray(layers["reference"].dataobj)
     assert layers["image"].get_data_dtype() == np.uint8
     assert np.median(hu[organ == 1]) == pytest.approx(80, abs=4), "the rim is mixed with what is around it"
@@ -120,7 +120,7 @@ def test_the_viewers_scan_keeps_its_gray_values(run: Run, tmp_path: Path) -> Non
 
 def test_a_large_scan_is_made_coarser_until_it_fits(monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path) -> None:
     monkeypatch.setattr(viewer, "MAX_BYTES", 12_000)
-    html = viewer_html([Shown(scene_of(run), "worst: a")], LABELS)
+    html = viewer_html([shown(scene_of(run), LABELS, "worst: a")], LABELS)
     (layers,) = volumes_of(html, tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.glob("0_*.nii.gz")) * 4 / 3 <= 12_100
     source = nib.load(run.cases["a"].reference)
@@ -133,5 +133,5 @@ def test_a_patients_scan_of_clinical_size_stays_within_its_share(tmp_path: Path)
     label[10:290, 10:250, 10:210] = 1
     image = np.random.default_rng(0).normal(0, 60, shape).astype(np.float32)  # noise cannot be compressed
     scene = Scene("a", image, label, label, Geometry.from_spacing(shape, (1.0, 1.0, 1.0)), (-175, 250))
-    html = viewer_html([Shown(replace(scene, case=str(n)), str(n)) for n in range(3)], LABELS)
+    html = viewer_html([shown(replace(scene, case=str(n)), LABELS, str(n)) for n in range(3)], LABELS)
     assert len(html) < 17_000_000

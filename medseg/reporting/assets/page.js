@@ -21,3 +21,13 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+
+// Of the table below a field, only the rows that hold what is typed there are shown.
+for (const field of document.querySelectorAll("input.filter")) {
+  const rows = [...field.nextElementSibling.querySelectorAll("tbody tr")];
+  const texts = rows.map((row) => row.textContent.toLowerCase());
+  field.addEventListener("input", () => {
+    const wanted = field.value.trim().toLowerCase();
+    rows.forEach((row, n) => (row.hidden = !texts[n].includes(wanted)));
+  });
+}
