@@ -195,6 +195,7 @@ class Predictor:
         self.batch_size = batch_size or (SLICES_AT_ONCE if on_slices else 1)
         self._steps = check_steps(self.spec.postprocess, spec.labels)
         self._is_laid_out = False
+        self._num_windows = 0  # of all scans so far
         self._costs: dict[_Part, WindowCost] = {}
 
     def segment(
@@ -371,8 +372,9 @@ class Predictor:
         return total
 
     def _lay_out(self, way: Way, num_windows: int) -> None:
-        """Find the fastest layout of the networks, once, when there is enough to be done."""
-        if self._is_laid_out or num_windows < MIN_WINDOWS or way.device != self.device:
+        """Find the fastest layout of the networks, once, when a scan or a batch has enough windows for it."""
+        self._num_windows += num_windows
+        if self._is_laid_out or self._num_windows < MIN_WINDOWS or way.device != self.device:
             return
         self._is_laid_out = True
         for part in self._parts:
