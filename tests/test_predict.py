@@ -67,7 +67,7 @@ def scans(tmp_path):
 
 def segmentations(folder) -> list[str]:
     """What stands in an output folder besides what tells of the batch."""
-    return sorted({path.name for path in folder.iterdir()} - {LEDGER, SUMMARY, ".lock"})
+    return sorted({path.name for path in folder.iterdir()} - {LEDGER, SUMMARY, REPORT, ".lock"})
 
 
 def case_ids(entries) -> list[str]:
