@@ -5,7 +5,8 @@
 Every fifth case of the hippocampus (44 of 220) is declared as test. Five folds of the other 176 are trained by
 workflows/hippocampus.yaml, each as long as stated (the whole command, with its validations), and the 44 are segmented
 in each way. `medseg compare` holds every way to the first one by the cases' Dice; the last lines are the rank
-correlation of each case's uncertainty, which knows no reference, with its true Dice.
+correlations of what a prediction says of itself, which knows no reference, with its true Dice: each case's uncertainty,
+and the agreement of its folds or mirror images.
 """
 
 from __future__ import annotations
@@ -61,17 +62,20 @@ def iterations_for(minutes: float, manifest: Path, output: Path) -> int:
     return round((60 * minutes - trial["seconds"] + trial["seconds_training"]) / pace)
 
 
-def unsureness(predictions: Path, tables: Path) -> float:
-    """Spearman's rank correlation of the cases' uncertainty with their mean Dice over the organs."""
+def correlation(predictions: Path, tables: Path, column: str) -> str:
+    """Spearman's rank correlation of a column of the predictions' summary with the cases' mean Dice over the organs."""
     dice: dict[str, list[float]] = {}
     with (tables / "per_case.csv").open() as file:
         for row in csv.DictReader(file):
             if row["dice"]:
                 dice.setdefault(row["case"], []).append(float(row["dice"]))
     with (predictions / "summary.csv").open() as file:
-        unsure = {row["case"]: float(row["uncertainty"]) for row in csv.DictReader(file)}
+        told = {row["case"]: row[column] for row in csv.DictReader(file)}
     cases = sorted(dice)
-    return float(spearmanr([unsure[case] for case in cases], [sum(dice[case]) / len(dice[case]) for case in cases])[0])
+    if not all(told[case] for case in cases):  # one model without mirror images agrees with nobody
+        return "–"
+    found = spearmanr([float(told[case]) for case in cases], [sum(dice[case]) / len(dice[case]) for case in cases])
+    return f"{found.statistic:.2f} (p {found.pvalue:.3f})"
 
 
 def main() -> None:
@@ -97,11 +101,13 @@ def main() -> None:
             "--output", str(table),
         )  # fmt: skip
         tables.append(table)
-        correlations.append(f"| `{way}` | {said['seconds']:.0f} | {unsureness(predictions, table):.2f} |")
+        found = [correlation(predictions, table, column) for column in ("uncertainty", "agreement")]
+        correlations.append(f"| `{way}` | {said['seconds']:.0f} | {' | '.join(found)} |")
     print(f"five folds of {iterations} iterations")
     for metric in METRICS:
         print("", *compared(tables, metric, output / f"compare_{metric}"), sep="\n")
-    print("", "| way | seconds | rank correlation of uncertainty and Dice |", "|---|---|---|", *correlations, sep="\n")
+    print("", "rank correlations with the Dice:", "", "| way | seconds | uncertainty | agreement |", sep="\n")
+    print("|---|---|---|---|", *correlations, sep="\n")
 
 
 if __name__ == "__main__":
