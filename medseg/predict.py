@@ -290,6 +290,7 @@ class _Segmenter:
             "windows": found.num_windows,
             "windows_in_air": found.num_in_air,
             "network_seconds": round(found.network_seconds, 3),
+            "waited_seconds": found.waited_seconds,
             **self._volumes(found),
         }
         if found.uncertainty is not None:

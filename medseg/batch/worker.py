@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,7 +38,7 @@ class Place:
 
 
 class Segmenter(Protocol):
-    """A loaded model, asked from three threads: each does one of these at a time."""
+    """A loaded model, asked by several threads: one reads, two segment and write, and the model sees that they take turns."""
 
     def prepare(self, job: Job) -> Any:
         """Read a case."""
@@ -47,7 +47,10 @@ class Segmenter(Protocol):
         """Compute."""
 
     def write(self, job: Job, found: Any) -> dict[str, Any]:
-        """Write all files of a case, and say what is worth knowing of its segmentation, in JSON's types."""
+        """Write all files of a case, and say what is worth knowing of its segmentation, in JSON's types.
+
+        ``waited_seconds`` among it is the time that it had to wait for another one's turn, which does not count.
+        """
 
 
 Load = Callable[[Place], Segmenter]
@@ -57,8 +60,8 @@ Load = Callable[[Place], Segmenter]
 def work(ledger: Ledger, load: Load, *, worker: str, place: Place | None = None) -> None:
     """Do a ledger's cases until none is left, or in the hands of others who may yet die.
 
-    At most three cases are in memory: one that is read ahead, one that is segmented, one that is written. What is
-    wrong with a case is written down and stops no other.
+    At most three cases are in memory: one that is read ahead, one whose windows are predicted, one that is brought back
+    and written. What is wrong with a case is written down and stops no other.
 
     Args:
         ledger: Of the batch.
@@ -72,25 +75,24 @@ def work(ledger: Ledger, load: Load, *, worker: str, place: Place | None = None)
     """
     segmenter = load(place or Place())
     hand = _Hand(ledger, worker, segmenter)
-    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer, _leases(ledger, worker):
+    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(2, "segment") as others, _leases(ledger, worker):
         try:
-            upcoming = reader.submit(hand.take)
-            written: Future[None] | None = None
+            upcoming, before = reader.submit(hand.take), None
             while taken := upcoming.result():
                 upcoming = reader.submit(hand.take)
-                found = hand.segment(taken)
-                if written:
-                    written.result()  # before another one waits in memory
-                written = writer.submit(hand.write, taken, found) if found is not None else None
-                del taken, found
-            if written:
-                written.result()
+                now = others.submit(hand.segment, taken)
+                del taken
+                if before:
+                    before.result()  # ere a third one comes into memory
+                before = now
+            if before:
+                before.result()
         except BaseException:
             hand.stopped.set()
             raise
         finally:
             reader.shutdown()
-            writer.shutdown()
+            others.shutdown()
             ledger.release(worker)
 
 
@@ -122,35 +124,24 @@ class _Hand:
                 self._failed(job, error)
         return None
 
-    def segment(self, taken: _Taken) -> Any:
-        """What the model finds; None if it cannot."""
-        started = time.monotonic()
+    def segment(self, taken: _Taken) -> None:
+        """Segment it, write what the model finds, and write that down."""
         try:
-            found = self.segmenter.segment(taken.job, taken.prepared)
-        except Exception as error:
-            self._failed(taken.job, error)
-            return None
-        finally:
-            taken.prepared = None  # its memory is wanted for the next
-        taken.seconds += time.monotonic() - started
-        return found
-
-    def write(self, taken: _Taken, found: Any) -> None:
-        """Write it, and write that down."""
-        try:
-            self._write(taken, found)
+            self._segment(taken)
         except BaseException:  # which is met when the next case has been taken: let none be waited for
             self.stopped.set()
             raise
 
-    def _write(self, taken: _Taken, found: Any) -> None:
+    def _segment(self, taken: _Taken) -> None:
         started = time.monotonic()
         try:
+            found = self.segmenter.segment(taken.job, taken.prepared)
+            taken.prepared = None  # its memory is wanted for the next
             told = self.segmenter.write(taken.job, found)
         except Exception as error:
             self._failed(taken.job, error)
             return
-        seconds = taken.seconds + time.monotonic() - started
+        seconds = taken.seconds + time.monotonic() - started - told.pop("waited_seconds", 0.0)
         self.ledger.finish(self.worker, taken.job, seconds=seconds, peak_bytes=_peak_bytes(), told=told)
         self._ended(taken.job)
 

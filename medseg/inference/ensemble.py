@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ class Strip:
     logits: Tensor
 
 
-Strips = Iterator[Strip]
+Strips = Generator[Strip]
 """Those of all planes, each once; planes that are background alone may be left out."""
 
 

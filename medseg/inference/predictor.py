@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from threading import RLock
 from typing import Literal
 
 import numpy as np
@@ -20,7 +25,7 @@ from medseg.data.sources import Source
 from medseg.data.transforms import Prepared, preprocess
 from medseg.errors import DataError
 from medseg.geometry import Geometry, Volume
-from medseg.inference.ensemble import Averaged, Member, Strips, averaged, grouped, voted
+from medseg.inference.ensemble import Averaged, Member, Strip, Strips, averaged, grouped, voted
 from medseg.inference.plan import Plan, WindowCost, logits_bytes, plan_of, window_cost
 from medseg.inference.postprocess import check_steps, postprocess
 from medseg.inference.resampling import has_bands, mirrored, resampled
@@ -56,6 +61,7 @@ class Segmentation:
         num_windows: What the network was asked for.
         num_in_air: Windows that it was spared, see `medseg.model.Window`.
         network_seconds: How long networks computed.
+        waited_seconds: How long they waited for another scan's to be done.
         uncertainty: Of the case, 0 to 1, if asked for: the higher, the sooner a person should look at it. See
             `medseg.inference.uncertainty`; a scan that shows nothing has 1.
         uncertainties: Of each organ.
@@ -71,6 +77,7 @@ class Segmentation:
     num_windows: int = 0
     num_in_air: int = 0
     network_seconds: float = 0.0
+    waited_seconds: float = 0.0
     uncertainty: float | None = None
     uncertainties: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None
@@ -148,6 +155,9 @@ class _Part:
 class Predictor:
     """A trained model, or several whose predictions are averaged, ready to segment.
 
+    Several threads may segment scans at once: their networks predict in turn, and while one does the others bring back
+    what theirs have said.
+
     Args:
         spec: What the model is.
         network: With its weights; put into eval mode and on the device.
@@ -194,8 +204,10 @@ class Predictor:
         on_slices = all(part.spec.spatial_dims == 2 for part in self._parts)
         self.batch_size = batch_size or (SLICES_AT_ONCE if on_slices else 1)
         self._steps = check_steps(self.spec.postprocess, spec.labels)
-        self._is_laid_out = False
-        self._num_windows = 0  # of all scans so far
+        self._num_threads = torch.get_num_threads()
+        self._turn = RLock()
+        self._num_windows = Counter[_Part]()  # of all scans so far
+        self._laid_out: set[_Part] = set()
         self._costs: dict[_Part, WindowCost] = {}
 
     def segment(
@@ -283,7 +295,7 @@ class Predictor:
             found = self._segmented(prepared, wanted)
         else:
             log.warning("W-EMPTY %s: shows nothing after clipping; so does the segmentation", prepared.name)
-            found = self._collected(iter(()), prepared, PICTURE_AXIS, wanted)
+            found = self._collected((), prepared, PICTURE_AXIS, wanted)
             if wanted.uncertainty:
                 found = replace(found, uncertainty=1.0)
         self._postprocess(found.label, prepared.name)
@@ -341,24 +353,44 @@ class Predictor:
 
     def _predicted(self, prepared: Prepared, way: Way, wanted: Wanted) -> Segmentation:
         every = self._windows(prepared)
-        self._lay_out(way, sum(windows.num_computed for windows in every))
         is_picture = prepared.source.spatial_dims == 2
         axis = PICTURE_AXIS if is_picture else every[0].outer
         clock, votes = Clock(), Votes() if wanted.uncertainty else None
-        streams = [
-            self._strips(part, prepared, windows, way, axis=axis, clock=clock, votes=votes)
-            for part, windows in zip(self._parts, every, strict=True)
-        ]
-        of_models = votes if len(streams) > 1 else None
-        strips = averaged(streams, [part.count for part in self._parts], self.spec.labels, of_models)
-        found = self._collected(strips, prepared, axis, wanted)
+        with ExitStack() as stack:
+            thread = stack.enter_context(self._network_thread())
+            streams = [
+                stack.enter_context(
+                    closing(self._strips(part, prepared, windows, way, thread, axis=axis, clock=clock, votes=votes))
+                )
+                for part, windows in zip(self._parts, every, strict=True)
+            ]
+            of_models = votes if len(streams) > 1 else None
+            strips = averaged(streams, [part.count for part in self._parts], self.spec.labels, of_models)
+            found = self._collected(strips, prepared, axis, wanted)
         return replace(
             found,
             num_windows=sum(windows.num_computed for windows in every),
             num_in_air=sum(windows.num_in_air for windows in every),
             network_seconds=clock.seconds,
+            waited_seconds=clock.waited,
             agreement=votes.share if votes else None,
         )
+
+    @contextmanager
+    def _network_thread(self) -> Iterator[Executor | None]:
+        """Where networks predict, on all processors, while this thread deals with what they said, on one: its steps are
+        short, and threads that wait for each other would take longer.
+        """
+        if self._num_threads == 1 and self.device.type == "cpu":
+            yield None
+            return
+        torch.get_num_threads()  # which makes sure that what follows counts for this thread
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(1, "network", torch.set_num_threads, (self._num_threads,)) as thread:
+                yield thread
+        finally:
+            torch.set_num_threads(self._num_threads)
 
     def plan(self, source: Geometry) -> Plan:
         """What a scan on this grid will take; the first call computes some windows to find out."""
@@ -371,15 +403,21 @@ class Predictor:
             total += plan_of(part.spec, source, self._costs[part], batch_size=way.batch_size, on_gpu=on_gpu)
         return total
 
-    def _lay_out(self, way: Way, num_windows: int) -> None:
-        """Find the fastest layout of the networks, once, when a scan or a batch has enough windows for it."""
-        self._num_windows += num_windows
-        if self._is_laid_out or self._num_windows < MIN_WINDOWS or way.device != self.device:
-            return
-        self._is_laid_out = True
-        for part in self._parts:
-            if part.spec.spatial_dims == 3:
-                lay_out(part.network, part.batch_shape(way.batch_size), device=way.device, autocast=self.autocast)
+    @contextmanager
+    def _turn_of(self, part: _Part, way: Way, num_windows: int, clock: Clock) -> Iterator[None]:
+        """The time in which a scan's windows are predicted, and no other's."""
+        asked = time.perf_counter()
+        with self._turn:
+            clock.waited += time.perf_counter() - asked
+            part.network.to(way.device)
+            enough = self._num_windows[part] + num_windows >= MIN_WINDOWS
+            if enough and part not in self._laid_out and way.device == self.device:
+                self._laid_out.add(part)
+                if part.spec.spatial_dims == 3:
+                    shape = part.batch_shape(way.batch_size)
+                    lay_out(part.network, shape, device=way.device, autocast=self.autocast)
+            yield
+            self._num_windows[part] += num_windows
 
     def _windows(self, prepared: Prepared) -> list[Windows]:
         """Of each part; all in order along the same axis, and in the same direction."""
@@ -399,6 +437,7 @@ class Predictor:
         prepared: Prepared,
         windows: Windows,
         way: Way,
+        thread: Executor | None,
         *,
         axis: int,
         clock: Clock,
@@ -406,7 +445,7 @@ class Predictor:
     ) -> Strips:
         """What a part says, on the scan's grid, its axes laid as those of the first part's."""
         seen = (prepared, *prepared.others)[part.preparation]
-        network = part.network.to(way.device)
+        network = part.network
         votes_here = votes if len(self._parts) == 1 and isinstance(network, Averaged | Mirrored) else None
         grid = solid(seen.geometry)
         target = Place(prepared.source, self.spec.preprocessing.orientation, axis).target
@@ -421,6 +460,8 @@ class Predictor:
             device=way.device,
             clock=clock,
             in_bands=in_bands,
+            thread=thread,
+            turn=self._turn_of(part, way, windows.num_computed, clock),
         )
         box = windows.box
         if prepared.source.spatial_dims == 2:
@@ -429,7 +470,7 @@ class Predictor:
             predicted, box, grid = mirrored(predicted, box, grid, self.spec.preprocessing.orientation, axis)
         return resampled(predicted, self.spec.labels.background, box=box, grid=grid, target=target, axis=axis)
 
-    def _collected(self, strips: Strips, prepared: Prepared, axis: int, wanted: Wanted) -> Segmentation:
+    def _collected(self, strips: Iterable[Strip], prepared: Prepared, axis: int, wanted: Wanted) -> Segmentation:
         """Strips on the scan's grid, and what they say of it."""
         labels, source = self.spec.labels, prepared.source
         place = Place(source, self.spec.preprocessing.orientation, axis)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medseg.data.body import Box
 from medseg.geometry import Array, Geometry
-from medseg.inference.ensemble import Strip
+from medseg.inference.ensemble import Strip, Strips
 from medseg.inference.sliding_window import Slab
 
 STRIP_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
@@ -57,7 +57,7 @@ def has_bands(grid: Geometry, target: Geometry) -> bool:
 
 def resampled(
     slabs: Iterable[Slab], background: Sequence[float], *, box: Box, grid: Geometry, target: Geometry, axis: int
-) -> Iterator[Strip]:
+) -> Strips:
     """Linear interpolation on another grid, plane after plane along an axis.
 
     Args:

@@ -59,8 +59,14 @@ def volumes_by_value(label_map: Volume) -> tuple[dict[int, float], str]:
     voxels = label_map.array.ravel(order="K")
     for start in range(0, voxels.size, _CHUNK):
         part = voxels[start : start + _CHUNK]
-        values, found = np.unique(part[part != 0], return_counts=True)
+        if part.dtype.kind == "u":  # as medseg's own are, which need no sorting
+            found = np.bincount(part)
+            values = np.flatnonzero(found)
+            found = found[values]
+        else:
+            values, found = np.unique(part, return_counts=True)
         counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+    del counts[0]
     is_volume = label_map.geometry.spatial_dims == 3
     size, unit = (label_map.geometry.voxel_ml, "ml") if is_volume else (1.0, "pixels")
     return {int(value): count * size for value, count in counts.items()}, unit

@@ -58,8 +58,11 @@ def test_the_next_case_is_read_and_the_last_one_written_while_one_is_segmented(t
 
 
 def delayed(function, seconds):
+    turn = threading.Lock()  # as a model has
+
     def slow(*arguments):
-        time.sleep(seconds)
+        with turn:
+            time.sleep(seconds)
         return function(*arguments)
 
     return slow
