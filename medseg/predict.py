@@ -45,7 +45,8 @@ _PRELOAD = ("medseg.build.model",)
 """What takes long to import, done once for all processes of a batch."""
 
 _TOLD = (
-    "windows", "windows_in_air", "network_seconds", "volumes", "unit", "uncertainty", "uncertainties", "agreement",
+    "windows", "windows_in_air", "network_seconds", "volumes", "unit", "crf", "uncertainty", "uncertainties",
+    "agreement",
 )  # fmt: skip
 """What an entry says of a segmentation besides its seconds, where it is known."""
 
@@ -111,7 +112,7 @@ def predict(
 
     Returns:
         ``done`` (each with case, input, output, seconds, and what else is known: windows, windows_in_air,
-        network_seconds, volumes of the organs with their unit, uncertainty, uncertainties, agreement), ``failed``
+        network_seconds, volumes of the organs with their unit, crf, uncertainty, uncertainties, agreement), ``failed``
         (case, input, error_id, message), ``skipped`` (ids that `resume` passed over), ``seconds``, ``summary``, the
         table of all cases, and ``report``, their page, if there is one; of a dry run ``planned`` instead, with
         windows, seconds in the network and gigabytes of each.
@@ -293,6 +294,8 @@ class _Segmenter:
             "waited_seconds": found.waited_seconds,
             **self._volumes(found),
         }
+        if found.crf:
+            told["crf"] = list(found.crf)
         if found.uncertainty is not None:
             told |= {"uncertainty": found.uncertainty, "uncertainties": found.uncertainties}
             told |= {"agreement": found.agreement} if found.agreement is not None else {}

@@ -163,6 +163,7 @@ class Infer(Section):
     postprocess: dict[str, Any] | Literal["auto"] = Field(
         default_factory=dict,
         description="{keep_largest: [organ], min_volume_ml: {organ: ml}, fill_holes: [organ]}, in the order wanted; "
+        "crf: {theta_beta: 0.5, ...}, or {} for the usual numbers, makes labels follow the image before these; "
         "auto: chosen at the end of a training on the held-out cases",
     )
 

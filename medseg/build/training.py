@@ -72,7 +72,7 @@ def check_parts(workflow: Workflow, source: Manifest, hardware: Hardware | None 
     with workflow.blamed("validate", "metrics"):
         check_metrics(workflow.validate_.metrics)
     with workflow.blamed("infer", "postprocess"):
-        check_steps(workflow.infer.steps, source.labels)
+        check_steps(workflow.infer.steps, source.labels, num_channels=len(source.channels))
     with workflow.blamed("infer", "mirror_axes"):
         mirrored_channels(source.labels) if LEFT_RIGHT_AXIS in workflow.infer.mirror_axes else ()
     for name, values in workflow.validate_.unions.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.errors import ModelError
+from medseg.inference.postprocess import CRF_STEP
 from medseg.inference.tta import Mirrored
 from medseg.inference.uncertainty import Votes
 from medseg.labels import Labels
@@ -204,20 +205,22 @@ def as_logits(mean: Tensor, labels: Labels) -> Tensor:
 
 
 def voted(choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The post-processing that more than half of the models ask for; of amounts the median.
+    """The post-processing that more than half of the models ask for; of amounts the median, of a CRF the first.
 
     Args:
         choices: Of each model, as in the workflow.
     """
     if len(choices) == 1:
         return dict(choices[0])
+    crfs = [choice[CRF_STEP] for choice in choices if CRF_STEP in choice]
+    choices = [{step: organs for step, organs in choice.items() if step != CRF_STEP} for choice in choices]
     steps: dict[str, dict[str, list[Any]]] = {}
     for choice in choices:
         for step, organs in choice.items():
             for organ in organs:
                 amount = organs[organ] if isinstance(organs, Mapping) else None
                 steps.setdefault(step, {}).setdefault(organ, []).append(amount)
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {CRF_STEP: crfs[0]} if 2 * len(crfs) > len(choices) else {}
     for step, organs in steps.items():
         wanted = {organ: amounts for organ, amounts in organs.items() if 2 * len(amounts) > len(choices)}
         if not wanted:

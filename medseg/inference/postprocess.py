@@ -1,4 +1,7 @@
-"""Steps on a finished label map, named in the workflow: ``{keep_largest: [liver], min_volume_ml: {tumour: 0.1}}``."""
+"""Steps on a finished label map, named in the workflow: ``{keep_largest: [liver], min_volume_ml: {tumour: 0.1}}``.
+
+``crf: {theta_beta: 0.3}`` beside them is for `medseg.inference.refine`: it works on logits, and so always comes first.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from scipy import ndimage
 
 from medseg.errors import WorkflowError
 from medseg.labels import Labels
-from medseg.registry import Registry
+from medseg.nets.crf import CRF
+from medseg.registry import Registry, check_arguments
 
 LabelMap = npt.NDArray[np.integer[Any]]
 Mask = npt.NDArray[np.bool_]
@@ -103,6 +107,9 @@ POSTPROCESS: Registry[StepKind] = Registry(
     },
 )
 
+CRF_STEP = "crf"
+"""Not one of them, as it needs the image; written beside them."""
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -113,22 +120,54 @@ class Resolved:
     amount: float = 0.0
 
 
-def check_steps(steps: Mapping[str, Any], labels: Labels) -> list[Resolved]:
+def check_steps(steps: Mapping[str, Any], labels: Labels, *, num_channels: int | None = None) -> list[Resolved]:
     """What to do, in order, before anything is done.
 
     Args:
         steps: Name of a step to the organs it is for, with an amount each where the step takes one.
         labels: Which organs there are.
+        num_channels: Of the image; None: any.
 
     Raises:
-        WorkflowError: If a step or an organ is unknown, or an amount is none.
+        WorkflowError: If a step or an organ is unknown, an amount is none, or `crf_of` refuses the CRF.
     """
+    crf_of(steps, labels, num_channels=num_channels)
+    known = Registry("post-processing step", {**POSTPROCESS, CRF_STEP: None})
     organs = Registry("organ", organs_of(labels))
     resolved = []
     for name, chosen in steps.items():
-        amounts = _amounts(name, chosen, POSTPROCESS[name].takes, organs)
-        resolved += [Resolved(name, organs[organ], amount) for organ, amount in amounts.items()]
+        if kind := known[name]:
+            amounts = _amounts(name, chosen, kind.takes, organs)
+            resolved += [Resolved(name, organs[organ], amount) for organ, amount in amounts.items()]
     return resolved
+
+
+def crf_of(steps: Mapping[str, Any], labels: Labels, *, num_channels: int | None = None) -> CRF | None:
+    """The CRF that logits go through before there is a label map, if there is one.
+
+    Args:
+        steps: With its arguments, where they are not to be the usual ones, under the name ``crf``.
+        labels: Which organs there are.
+        num_channels: Of the image; None: any.
+
+    Raises:
+        WorkflowError: If it has no such argument, or one that makes no sense or does not fit the labels or the image.
+    """
+    if CRF_STEP not in steps:
+        return None
+    args = steps[CRF_STEP]
+    if not isinstance(args, Mapping):
+        message = (
+            f"crf: {args!r} does not say its arguments; write crf: {{}} for the usual ones, or crf: {{theta_beta: 0.3}}"
+        )
+        raise WorkflowError("E-POSTPROCESS", message)
+    check_arguments("post-processing step 'crf'", CRF, args)
+    try:
+        crf = CRF(**args)
+        crf.check(num_channels=num_channels, num_labels=labels.num_outputs, regions=bool(labels.regions))
+    except ValueError as error:
+        raise WorkflowError("E-POSTPROCESS", f"crf: {error}") from None
+    return crf
 
 
 def _amounts(name: str, chosen: Any, takes: str, organs: Iterable[str]) -> dict[str, float]:

@@ -27,7 +27,8 @@ from medseg.errors import DataError
 from medseg.geometry import Geometry, Volume
 from medseg.inference.ensemble import Averaged, Member, Strip, Strips, averaged, grouped, voted
 from medseg.inference.plan import Plan, WindowCost, logits_bytes, plan_of, window_cost
-from medseg.inference.postprocess import check_steps, postprocess
+from medseg.inference.postprocess import check_steps, crf_of, postprocess
+from medseg.inference.refine import refined
 from medseg.inference.resampling import has_bands, mirrored, resampled
 from medseg.inference.restore import PICTURE_AXIS, Place, restored, room_for_probabilities, solid
 from medseg.inference.sliding_window import Clock, slabs
@@ -57,7 +58,7 @@ class Segmentation:
     Args:
         label: (1, I, J[, K]), uint8 or int16, on the scan's own grid.
         probabilities: (R, I, J[, K]), float32, on the same grid, if they were asked for. They are the
-            network's: post-processing changes the label map alone.
+            network's, or those of the CRF after it; all other post-processing changes the label map alone.
         num_windows: What the network was asked for.
         num_in_air: Windows that it was spared, see `medseg.model.Window`.
         network_seconds: How long networks computed.
@@ -70,6 +71,7 @@ class Segmentation:
             there is one model and no mirroring, where nothing was found, or if no uncertainty was asked for.
         entropy: (1, I, J[, K]), uint8, on the same grid, if asked for: of each voxel's probabilities, from 0 (certain)
             to 100 (no idea).
+        crf: Of each network's CRF, where post-processing names one: its voxels, whether it was exact, its seconds.
     """
 
     label: Volume
@@ -82,6 +84,7 @@ class Segmentation:
     uncertainties: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None
     entropy: Volume | None = None
+    crf: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,8 +190,9 @@ class Predictor:
         members = [Member(spec, network, name), *others]
         self.device = torch.device(device)
         groups = grouped(members)
+        num_channels = len(spec.channels)
         for member in members:
-            check_steps(member.spec.postprocess, spec.labels)
+            check_steps(member.spec.postprocess, spec.labels, num_channels=num_channels)
         self.spec = replace(spec, postprocess=voted([member.spec.postprocess for member in members]))
         self._preparations: list[Preprocessing] = []
         for of_group, *_ in groups:
@@ -203,7 +207,8 @@ class Predictor:
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         on_slices = all(part.spec.spatial_dims == 2 for part in self._parts)
         self.batch_size = batch_size or (SLICES_AT_ONCE if on_slices else 1)
-        self._steps = check_steps(self.spec.postprocess, spec.labels)
+        self._steps = check_steps(self.spec.postprocess, spec.labels, num_channels=num_channels)
+        self._crf = crf_of(self.spec.postprocess, spec.labels, num_channels=num_channels)
         self._num_threads = torch.get_num_threads()
         self._turn = RLock()
         self._num_windows = Counter[_Part]()  # of all scans so far
@@ -356,11 +361,14 @@ class Predictor:
         is_picture = prepared.source.spatial_dims == 2
         axis = PICTURE_AXIS if is_picture else every[0].outer
         clock, votes = Clock(), Votes() if wanted.uncertainty else None
+        crf: list[str] = []
         with ExitStack() as stack:
             thread = stack.enter_context(self._network_thread())
             streams = [
                 stack.enter_context(
-                    closing(self._strips(part, prepared, windows, way, thread, axis=axis, clock=clock, votes=votes))
+                    closing(
+                        self._strips(part, prepared, windows, way, thread, axis=axis, clock=clock, votes=votes, crf=crf)
+                    )
                 )
                 for part, windows in zip(self._parts, every, strict=True)
             ]
@@ -374,6 +382,7 @@ class Predictor:
             network_seconds=clock.seconds,
             waited_seconds=clock.waited,
             agreement=votes.share if votes else None,
+            crf=tuple(crf),
         )
 
     @contextmanager
@@ -442,6 +451,7 @@ class Predictor:
         axis: int,
         clock: Clock,
         votes: Votes | None,
+        crf: list[str],
     ) -> Strips:
         """What a part says, on the scan's grid, its axes laid as those of the first part's."""
         seen = (prepared, *prepared.others)[part.preparation]
@@ -450,8 +460,9 @@ class Predictor:
         grid = solid(seen.geometry)
         target = Place(prepared.source, self.spec.preprocessing.orientation, axis).target
         in_bands = len(self._parts) == 1 and has_bands(grid, target)  # several are averaged in order of their rows
+        image = torch.from_numpy(seen.image).to(way.sums_on)
         predicted = slabs(
-            torch.from_numpy(seen.image).to(way.sums_on),
+            image,
             partial(network, votes=votes_here) if votes_here else network,
             windows,
             background=self.spec.labels.background,
@@ -463,6 +474,11 @@ class Predictor:
             thread=thread,
             turn=self._turn_of(part, way, windows.num_computed, clock),
         )
+        if self._crf:
+            predicted = refined(
+                predicted, image, self._crf, self.spec.labels, windows,
+                spacing_mm=seen.geometry.spacing_mm, told=crf, thread=thread,
+            )  # fmt: skip
         box = windows.box
         if prepared.source.spatial_dims == 2:
             box = tuple(slice(0, n) for n in grid.shape)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ ACTIVATIONS: Registry[Callable[[int], nn.Module]] = Registry(
     {
         "leakyrelu": lambda _: nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
         "relu": lambda _: nn.ReLU(inplace=True),
+        "relu6": lambda _: nn.ReLU6(inplace=True),
         "elu": lambda _: nn.ELU(inplace=True),
         "prelu": nn.PReLU,
         "gelu": lambda _: nn.GELU(),
@@ -224,10 +226,12 @@ def projection(layers: Layers, in_channels: int, out_channels: int, *, stride: P
 class TransposedConv(nn.Sequential):
     """Upsampling learned: each voxel becomes a block of its own, without overlap."""
 
-    def __init__(self, layers: Layers, in_channels: int, out_channels: int, *, stride: PerAxis) -> None:
+    def __init__(
+        self, layers: Layers, in_channels: int, out_channels: int, *, stride: PerAxis, bias: bool = True
+    ) -> None:
         conv: Any = nn.ConvTranspose2d if layers.spatial_dims == 2 else nn.ConvTranspose3d
         strides = per_axis(stride, layers.spatial_dims)
-        super().__init__(conv(in_channels, out_channels, strides, stride=strides))
+        super().__init__(conv(in_channels, out_channels, strides, stride=strides, bias=bias))
 
 
 class Interpolation(nn.Module):
@@ -319,3 +323,15 @@ def initialize(network: nn.Module) -> None:
             nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def shrink_residuals(last_convs: Sequence[nn.Module]) -> None:
+    """Without norms each block would add as much to a sum as it holds; so all together do.
+
+    Args:
+        last_convs: The last convolution of each block that is added.
+    """
+    for conv in last_convs:
+        with torch.no_grad():
+            for tensor in conv.parameters():
+                tensor.mul_(1 / math.sqrt(len(last_convs)))

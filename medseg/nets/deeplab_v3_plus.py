@@ -28,7 +28,8 @@ class DeepLabV3Plus(DilatedNetwork):
         spatial_dims: 2 or 3.
         in_channels: Channels of the image.
         out_channels: Classes or regions.
-        encoder: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``xception41`` or ``xception65``.
+        encoder: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``xception41``, ``xception65``, ``vgg16`` or
+            ``mobilenet_v2``.
         width: Channels of the encoder's stem; all others are in proportion.
         output_stride: 8, 16 or 32, of the encoder's last features; 8 is better for small organs, and slower.
         rates: Dilations at an output stride of 16; at 8 they are doubled. None: (6, 12, 18), which suit slices

@@ -1,4 +1,4 @@
-"""What PSPNet and the DeepLabs share: an encoder that dilates instead of striding, and the auxiliary head."""
+"""What PSPNet, the DeepLabs and RefineNet share: an encoder that can dilate instead of striding, the auxiliary head."""
 
 from __future__ import annotations
 
@@ -6,25 +6,36 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from medseg.nets.blocks import ConvBlock, Layers, initialize, resize
 from medseg.nets.encoders.encoder import Encoder
+from medseg.nets.encoders.mobilenet import MobileNetV2
 from medseg.nets.encoders.resnet import ResNet
+from medseg.nets.encoders.vgg import VGG
 from medseg.nets.encoders.xception import Xception
 from medseg.nets.network import AxisSizes, SegmentationNetwork
 from medseg.registry import Registry
 
+
+def _vgg16(spatial_dims: int, in_channels: int, *, width: int, **args: Any) -> VGG:
+    """VGG-16 with features at strides 2, 4, 8, 16, 32, as the other encoders have them."""
+    return VGG(spatial_dims, in_channels, channels=[width * n for n in (1, 2, 4, 8, 8)], pooled=True, **args)
+
+
 DILATED_ENCODERS: Registry[Callable[..., Encoder]] = Registry(
     "encoder",
     {
+        "vgg16": _vgg16,
         "resnet18": partial(ResNet, num_layers=18),
         "resnet34": partial(ResNet, num_layers=34),
         "resnet50": partial(ResNet, num_layers=50),
         "resnet101": partial(ResNet, num_layers=101),
         "xception41": partial(Xception, num_layers=41),
         "xception65": partial(Xception, num_layers=65),
+        "mobilenet_v2": MobileNetV2,
     },
 )
 """Makes an encoder of (spatial_dims, in_channels, width, output_stride, in_plane, norm, activation)."""
@@ -93,12 +104,26 @@ def _auxiliary_head(layers: Layers, channels: int, out_channels: int) -> nn.Modu
 
 
 def scaled_rates(
-    rates: Sequence[int] | None, spatial_dims: int, *, output_stride: int, in_plane: bool = False
+    rates: Sequence[int] | None,
+    spatial_dims: int,
+    *,
+    output_stride: int,
+    in_plane: bool = False,
+    of_slices: Sequence[int] = (6, 12, 18),
+    of_stride: int = 16,
 ) -> list[int]:
-    """The dilations that span as many voxels of the image at this output stride as `rates` do at 16.
+    """The dilations that span as many voxels of the image at this output stride as `rates` do at another.
 
-    The paper's span 96 to 288 voxels to either side: in a small 3D patch they would see padding alone.
+    The papers' span 96 to 288 voxels to either side: in a small 3D patch they would see padding alone.
+
+    Args:
+        rates: None: the paper's in 2D and in plane, a sixth of them in 3D.
+        spatial_dims: 2 or 3.
+        output_stride: At which they will be used.
+        in_plane: Whether the third axis is left alone.
+        of_slices: The paper's.
+        of_stride: The output stride for which `rates` and the paper's are given.
     """
     if rates is None:
-        rates = (6, 12, 18) if spatial_dims == 2 or in_plane else (1, 2, 3)
-    return [max(1, rate * 16 // output_stride) for rate in rates]
+        rates = of_slices if spatial_dims == 2 or in_plane else [rate // 6 for rate in of_slices]
+    return [max(1, rate * of_stride // output_stride) for rate in rates]

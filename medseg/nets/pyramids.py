@@ -12,14 +12,36 @@ from torch import Tensor, nn
 from medseg.errors import WorkflowError
 from medseg.nets.blocks import ConvBlock, Layers, resize
 from medseg.nets.encoders.encoder import plane_stride
+from medseg.nets.encoders.vgg import hidden_layers
 from medseg.nets.separable import SeparableConv
+
+
+def pooled_norm(layers: Layers, channels: int) -> nn.Module:
+    """The norm of the few values that pooling leaves: over all of their channels and bins.
+
+    Instance norm would take a single bin's value away, and batch norm, which ``norm="batch"`` keeps, learns only
+    from larger batches: a single value is refused.
+    """
+    if layers.norm == "none":
+        return nn.Identity()
+    if layers.norm != "batch":
+        return nn.GroupNorm(1, channels)
+    norm = layers.make_norm(channels)
+    norm.register_forward_pre_hook(_refuse_single_value)
+    return norm
+
+
+def _refuse_single_value(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+    if norm.training and inputs[0][:, 0].numel() == 1:
+        raise WorkflowError(
+            "E-BATCH-SIZE",
+            "a batch of one image, which this network pools to a single value that norm 'batch' cannot learn "
+            "from; use a batch_size of at least 2, or leave the norm at 'auto'",
+        )
 
 
 class BinPooling(nn.Module):
     """Averages over bins that divide the image, brought to other channels, and interpolated back to every voxel.
-
-    The few values that pooling leaves are normalized over all channels and bins: instance norm would take a
-    single bin's value away, and batch norm, which ``norm="batch"`` keeps, learns only from larger batches.
 
     Args:
         layers: What the network's layers agree on.
@@ -39,21 +61,12 @@ class BinPooling(nn.Module):
         )
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         parts["conv"] = layers.conv(in_channels, out_channels, kernel_size=1, bias=layers.norm == "none")
-        own_norm = layers.norm in ("batch", "none")
-        parts["norm"] = layers.make_norm(out_channels) if own_norm else nn.GroupNorm(1, out_channels)
+        parts["norm"] = pooled_norm(layers, out_channels)
         parts["activation"] = layers.make_activation(out_channels)
         self.block = nn.Sequential(parts)
-        self.needs_batch = layers.norm == "batch"
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.pool(x)  # (B, C, bins, bins[, bins])
-        if self.needs_batch and self.training and pooled[:, 0].numel() == 1:
-            raise WorkflowError(
-                "E-BATCH-SIZE",
-                "a batch of one image, which this network pools to a single value that norm 'batch' cannot learn "
-                "from; use a batch_size of at least 2, or leave the norm at 'auto'",
-            )
-        return resize(self.block(pooled), x.shape[2:])
+        return resize(self.block(self.pool(x)), x.shape[2:])  # pooled to (B, C, bins, bins[, bins])
 
 
 class PyramidPooling(nn.Module):
@@ -127,3 +140,52 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(torch.cat([branch(x) for branch in self.branches], dim=1))
+
+
+class SummedASPP(nn.Module):
+    """The first atrous spatial pyramid: classifiers that each look around at a rate of their own, summed.
+
+    Args:
+        layers: What the network's layers agree on; there is no norm here.
+        in_channels: Of the input.
+        out_channels: Classes or regions.
+        hidden_channels: Of each classifier's two hidden layers, the first of which is dilated, as VGG's made
+            convolutions; 0: none, the dilated convolution gives the logits.
+        rates: Dilation of each.
+        dropout: Probability that a unit of the hidden layers is dropped.
+        in_plane: Whether dilation leaves the third axis alone.
+
+    Reference:
+        Chen et al. 2016, arXiv:1606.00915; with one rate Chen et al. 2015, arXiv:1412.7062.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        out_channels: int,
+        *,
+        hidden_channels: int,
+        rates: Sequence[int],
+        dropout: float = 0.0,
+        in_plane: bool = False,
+    ) -> None:
+        super().__init__()
+        if not rates:
+            raise ValueError("rates is empty; give at least one")
+        self.branches = nn.ModuleList()
+        for rate in rates:
+            dilation = plane_stride(rate, layers.spatial_dims, in_plane=in_plane)
+            if hidden_channels:
+                hidden = hidden_layers(
+                    layers, in_channels, hidden_channels, kernel_size=3, dropout=dropout, dilation=dilation
+                )
+                self.branches.append(nn.Sequential(*hidden, layers.head(hidden_channels, out_channels)))
+            else:
+                self.branches.append(layers.conv(in_channels, out_channels, kernel_size=3, dilation=dilation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.branches[0](x)
+        for branch in self.branches[1:]:
+            logits = logits + branch(x)
+        return logits

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-
-from medseg.nets.blocks import Layers, initialize
-from medseg.nets.encoders.encoder import plane_stride
-from medseg.nets.encoders.vgg import VGG, VGG16_CHANNELS, VGG16_CONVS, conv_layers
-from medseg.nets.network import AxisSizes, SegmentationNetwork
-from medseg.nets.unpooling import MaxPoolWithIndices, max_unpool
+from medseg.nets.blocks import Layers
+from medseg.nets.encoders.vgg import VGG, VGG16_CHANNELS, VGG16_CONVS
+from medseg.nets.unpooling import MirroredVGG
 
 
-class SegNet(SegmentationNetwork):
+class SegNet(MirroredVGG):
     """SegNet: VGG-16's convolutions and their mirror image; each unpooling puts values where a maximum was.
 
     The decoder gets no features from the encoder but these places: boundaries come back sharp at little
@@ -62,28 +57,5 @@ class SegNet(SegmentationNetwork):
             activation=activation,
             in_plane=in_plane,
         )
-        super().__init__(AxisSizes.of_strides([encoder.strides[-1]]))
         layers = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout)
-        self.encoder = encoder
-        self.stride = plane_stride(2, spatial_dims, in_plane=in_plane)
-        self.pool = MaxPoolWithIndices(layers, self.stride)
-        self.decoder = nn.ModuleList()  # in the order of the stages, finest first
-        for n, num_convs in enumerate(encoder.convs_per_stage):
-            widths = [channels[n]] * num_convs
-            if n:
-                widths.append(channels[n - 1])
-            parts = [part for a, b in itertools.pairwise(widths) for part in conv_layers(layers, a, b)]
-            self.decoder.append(nn.Sequential(*parts))
-        self.head = layers.conv(channels[0], out_channels, kernel_size=3)
-        self.drop = layers.make_dropout()
-        initialize(self.decoder)
-        initialize(self.head)
-
-    def outputs(self, x: Tensor) -> list[Tensor]:
-        places = []
-        for n in range(len(self.decoder)):
-            x, indices = self.pool(self.drop(self.encoder.stage(n, x)))  # (B, channels[n], I / 2^(n+1), …)
-            places.append(indices)
-        for stage, indices in zip(reversed(self.decoder), reversed(places), strict=True):
-            x = self.drop(stage(max_unpool(x, indices, stride=self.stride)))
-        return [self.head(x)]
+        super().__init__(encoder, layers, out_channels, ends_in_logits=True, in_plane=in_plane)

@@ -1,12 +1,14 @@
-"""Convolutions that split their work: depthwise separable ones, and grouped ones whose channels are shuffled."""
+"""Convolutions that split their work: depthwise separable ones, inverted residuals, grouped ones that are shuffled."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from medseg.nets.blocks import ConvBlock, Layers, PerAxis
+from medseg.nets.blocks import ConvBlock, Layers, PerAxis, per_axis, shrink_residuals
 
 
 class SeparableConv(nn.Sequential):
@@ -61,6 +63,67 @@ class SeparableConv(nn.Sequential):
         if activate:
             parts["act_pw"] = layers.make_activation(out_channels)
         super().__init__(parts)
+
+
+class InvertedResidual(nn.Module):
+    """From few channels to many, a depthwise convolution there, and back to few, without an activation at the end.
+
+    The sum with the input, where both have the same shape, is thus between the narrow ends: what is kept for it
+    is small. Modules are named as in torchvision's MobileNetV2.
+
+    Args:
+        layers: What the network's layers agree on.
+        in_channels: Of the input.
+        out_channels: Of the output.
+        stride: Of the depthwise convolution.
+        dilation: Of the depthwise convolution.
+        expansion: How many times as many channels lie between as come in.
+
+    Reference:
+        Sandler et al. 2018, arXiv:1801.04381.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: PerAxis = 1,
+        dilation: PerAxis = 1,
+        expansion: int = 6,
+    ) -> None:
+        super().__init__()
+        if expansion < 1:
+            raise ValueError(f"expansion is {expansion}; it must be at least 1")
+        wide = expansion * in_channels
+        parts = []
+        if expansion > 1:
+            parts.append(nn.Sequential(*ConvBlock(layers, in_channels, wide, kernel_size=1)))
+        depthwise = ConvBlock(layers, wide, wide, stride=stride, dilation=dilation, groups=wide)
+        parts.append(nn.Sequential(*depthwise))
+        narrow = ConvBlock(layers, wide, out_channels, kernel_size=1, activate=False)
+        self.conv = nn.Sequential(*parts, *narrow)
+        self.summed = in_channels == out_channels and set(per_axis(stride, layers.spatial_dims)) == {1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.summed else self.conv(x)
+
+
+def calm_inverted_residuals(network: nn.Module) -> None:
+    """Scale the weights that `initialize` drew, where no norm keeps activations at their size.
+
+    The first convolution of a block follows no activation that would halve its input's variance; and all
+    sums together add as much as one block gives.
+    """
+    last_convs = []
+    for block in network.modules():
+        if isinstance(block, InvertedResidual):
+            first, *_, last = (m for m in block.conv.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+            with torch.no_grad():
+                first.weight.mul_(math.sqrt(0.5))
+            last_convs += [last] if block.summed else []
+    shrink_residuals(last_convs)
 
 
 class ShuffledConv(nn.Sequential):

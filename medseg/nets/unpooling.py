@@ -1,14 +1,18 @@
-"""Ways back up: unpooling to where the maxima were, and transposed convolutions that start as interpolation."""
+"""Ways back up: unpooling to where the maxima were, VGG mirrored by it, and transposed convolutions that interpolate."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from medseg.nets.blocks import Layers, PerAxis, per_axis
+from medseg.nets.blocks import Layers, PerAxis, initialize, per_axis
+from medseg.nets.encoders.encoder import plane_stride
+from medseg.nets.encoders.vgg import VGG, conv_layers
+from medseg.nets.network import AxisSizes, SegmentationNetwork
 
 
 class MaxPoolWithIndices(nn.Module):
@@ -44,6 +48,53 @@ def max_unpool(x: Tensor, indices: Tensor, *, stride: PerAxis) -> Tensor:
     # Not F.max_unpool3d, which has no deterministic form on a GPU; blocks do not overlap, so a plain scatter will do.
     empty = x.new_zeros(*x.shape[:2], math.prod(size))
     return empty.scatter(2, indices.flatten(2), x.flatten(2)).unflatten(2, size)
+
+
+class MirroredVGG(SegmentationNetwork):
+    """VGG's convolutions and their mirror image; each unpooling puts values where a maximum was.
+
+    What SegNet and DeconvNet have in common. A subclass may compute on the deepest features by `bottom`.
+
+    Args:
+        encoder: Without its classifier.
+        layers: What the decoder's layers agree on; their dropout follows each stage, of the encoder too.
+        out_channels: Classes or regions.
+        ends_in_logits: Whether the mirror image of the first convolution gives the logits; else one more does, 1 × 1.
+        in_plane: As the encoder's.
+    """
+
+    def __init__(
+        self, encoder: VGG, layers: Layers, out_channels: int, *, ends_in_logits: bool, in_plane: bool
+    ) -> None:
+        super().__init__(AxisSizes.of_strides([encoder.strides[-1]]))
+        self.encoder = encoder
+        self.stride = plane_stride(2, layers.spatial_dims, in_plane=in_plane)
+        self.pool = MaxPoolWithIndices(layers, self.stride)
+        self.decoder = nn.ModuleList()  # in the order of the stages, finest first
+        for n, num_convs in enumerate(encoder.convs_per_stage):
+            widths = [encoder.channels[n]] * num_convs
+            if n or not ends_in_logits:
+                widths.append(encoder.channels[max(0, n - 1)])
+            parts = [part for a, b in itertools.pairwise(widths) for part in conv_layers(layers, a, b)]
+            self.decoder.append(nn.Sequential(*parts))
+        self.head = layers.conv(encoder.channels[0], out_channels, kernel_size=3 if ends_in_logits else 1)
+        self.drop = layers.make_dropout()
+        initialize(self.decoder)
+        initialize(self.head)
+
+    def bottom(self, x: Tensor) -> Tensor:
+        """What becomes of the deepest features (B, channels[-1], I / 2^depth, …) before they are unpooled."""
+        return x
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        places = []
+        for n in range(len(self.decoder)):
+            x, indices = self.pool(self.drop(self.encoder.stage(n, x)))  # (B, channels[n], I / 2^(n+1), …)
+            places.append(indices)
+        x = self.bottom(x)
+        for stage, indices in zip(reversed(self.decoder), reversed(places), strict=True):
+            x = self.drop(stage(max_unpool(x, indices, stride=self.stride)))
+        return [self.head(x)]
 
 
 class TransposedBilinear(nn.Module):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from medseg.errors import WorkflowError
-from medseg.inference.postprocess import POSTPROCESS, Organ, check_steps, organs_of, postprocess
+from medseg.inference.postprocess import POSTPROCESS, Organ, check_steps, crf_of, organs_of, postprocess
 from medseg.labels import Labels
+from medseg.nets.crf import CRF
 
 LABELS = Labels({0: "background", 1: "liver", 2: "spleen"})
 NESTED = Labels(
@@ -204,3 +205,39 @@ def test_steps_are_resolved_to_the_label_values_of_their_organs():
 def test_a_mistyped_step_organ_or_amount_is_refused(steps, message):
     with pytest.raises(WorkflowError, match=message):
         check_steps(steps, LABELS)
+
+
+def test_a_crf_stands_beside_the_steps_and_is_none_of_them():
+    crf = {"theta_beta": 0.3, "iterations": 3}
+    steps = {"keep_largest": ["liver"], "crf": crf}
+    assert check_steps(steps, LABELS) == check_steps({"keep_largest": ["liver"]}, LABELS)
+    assert crf_of(steps, LABELS) == CRF(theta_beta=0.3, iterations=3)
+    assert crf_of({"crf": {}}, NESTED) == CRF()
+    assert crf_of({"keep_largest": ["liver"]}, LABELS) is None
+    costs = [[0, 1, 1], [1, 0, 2], [1, 2, 0]]
+    assert crf_of({"crf": {"compatibility": costs}}, LABELS).compatibility == costs
+
+
+@pytest.mark.parametrize(
+    ("crf", "labels", "message"),
+    [
+        (None, LABELS, r"E-POSTPROCESS crf: None does not say its arguments; write crf: \{\}"),
+        (["liver"], LABELS, "E-POSTPROCESS"),
+        ({"theta_betta": 0.3}, LABELS, "E-ARGUMENT .*did you mean 'theta_beta'"),
+        ({"theta_beta": "0.3"}, LABELS, "E-ARGUMENT .*theta_beta is '0.3'"),
+        ({"iterations": 2.5}, LABELS, "E-ARGUMENT .*iterations is 2.5; it must be a whole number"),
+        ({"connections": "exact"}, LABELS, "E-ARGUMENT .*connections"),
+        ({"theta_alpha_mm": -1}, LABELS, "E-POSTPROCESS crf: theta_alpha_mm is -1; it must be above 0"),
+        ({"theta_beta": [0.1, 0.2]}, LABELS, "E-POSTPROCESS crf: theta_beta has 2 entries; the image has 1 channels"),
+        ({"compatibility": [[0, 1], [1, 0]]}, LABELS, "E-POSTPROCESS crf: compatibility must have 3 rows"),
+        ({"compatibility": [[0, 1, 1]] * 3}, NESTED, "E-POSTPROCESS crf: .*regions are decided each for itself"),
+    ],
+)
+def test_a_crf_that_makes_no_sense_is_refused(crf, labels, message):
+    with pytest.raises(WorkflowError, match=message):
+        check_steps({"crf": crf}, labels, num_channels=1)
+
+
+def test_crf_is_among_the_names_that_are_known():
+    with pytest.raises(WorkflowError, match="did you mean 'crf'"):
+        check_steps({"crff": {}}, LABELS)

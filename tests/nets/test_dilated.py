@@ -1,8 +1,9 @@
-"""What PSPNet, DeepLab v3 and v3+ have in common: encoders of any output stride, and their use on thick slices."""
+"""What PSPNet, the DeepLabs and RefineNet have in common: encoders of any output stride, and their use on thick slices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from medseg.errors import WorkflowError
+from medseg.nets.deeplab_v2 import DeepLabV2
 from medseg.nets.deeplab_v3 import DeepLabV3
 from medseg.nets.deeplab_v3_plus import DeepLabV3Plus
 from medseg.nets.dilated import DILATED_ENCODERS, scaled_rates
 from medseg.nets.network import SegmentationNetwork
 from medseg.nets.pspnet import PSPNet
+from medseg.nets.refinenet import RefineNet
 from medseg.nets.weights import inflate
 
 NETWORKS = [PSPNet, DeepLabV3, DeepLabV3Plus]
@@ -33,7 +36,7 @@ def settle_norms(network: nn.Module, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
-@pytest.mark.parametrize(("name", "dims"), [(name, 2) for name in DILATED_ENCODERS] + [("resnet18", 3)])
+@pytest.mark.parametrize(("name", "dims"), [(name, 2) for name in DILATED_ENCODERS] + [("resnet18", 3), ("vgg16", 3)])
 def test_features_have_the_channels_and_strides_that_the_encoder_states(
     name: str, dims: int, output_stride: int
 ) -> None:
@@ -68,8 +71,8 @@ def test_an_output_stride_that_cannot_be_is_refused(name: str) -> None:
         DILATED_ENCODERS[name](2, 1, output_stride=4)
 
 
-@pytest.mark.parametrize("make", NETWORKS)
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "xception41"])
+@pytest.mark.parametrize("make", [*NETWORKS, DeepLabV2, partial(RefineNet, channels=(4, 4, 4, 6))])
+@pytest.mark.parametrize("encoder", ["vgg16", "resnet18", "resnet50", "xception41"])
 def test_a_2d_network_inflated_to_3d_gives_each_slice_what_the_2d_one_gives_it(
     make: Callable[..., SegmentationNetwork], encoder: str
 ) -> None:
@@ -120,6 +123,8 @@ def test_the_default_rates_span_the_same_part_of_the_image_at_any_output_stride(
     assert scaled_rates(None, 3, output_stride=8) == [2, 4, 6]
     assert scaled_rates(None, 3, output_stride=8, in_plane=True) == [12, 24, 36]
     assert scaled_rates((1, 4), 3, output_stride=32) == [1, 2]
+    assert scaled_rates((6, 12), 2, output_stride=16, of_stride=8) == [3, 6]
+    assert scaled_rates(None, 3, output_stride=8, of_slices=(6, 12, 18, 24), of_stride=8) == [1, 2, 3, 4]
 
 
 def test_an_unknown_encoder_is_refused_with_the_nearest_name() -> None:

@@ -146,7 +146,7 @@ def test_deep_supervision_gives_a_list_in_training_only_finest_first(name: str, 
     assert outputs[0].shape == (2, OUTPUTS, *size)
     for finer, coarser in itertools.pairwise(outputs):
         assert coarser.shape[1] == OUTPUTS
-        is_same_size = name == "unet_plus_plus"  # all its outputs are at full resolution
+        is_same_size = name in ("unet_plus_plus", "setr")  # all at full resolution, or on the grid of the tokens
         assert all(n < m or is_same_size for n, m in zip(coarser.shape[2:], finer.shape[2:], strict=True))
     assert isinstance(network.eval()(image(*size)), torch.Tensor)
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medseg.nets.blocks import Layers
-from medseg.nets.separable import SeparableConv, ShuffledConv
+from medseg.nets.blocks import Layers, initialize
+from medseg.nets.separable import InvertedResidual, SeparableConv, ShuffledConv, calm_inverted_residuals
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -57,3 +57,33 @@ def test_two_shuffled_convolutions_see_every_channel_from_every_channel() -> Non
     assert one.abs().sum(dim=(0, 2, 3, 4)).count_nonzero() == 2
     (two,) = torch.autograd.grad(ShuffledConv(layers, 4, 4, groups=2)(y)[:, 0].sum(), x)
     assert two.abs().sum(dim=(0, 2, 3, 4)).count_nonzero() == 4
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_inverted_residual_is_wide_inside_and_linear_at_its_end(dims: int) -> None:
+    block = InvertedResidual(Layers(dims, norm="none", activation="relu6"), 4, 4, expansion=3)
+    convs = [m for m in block.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    assert [(m.in_channels, m.out_channels, m.groups) for m in convs] == [(4, 12, 1), (12, 12, 12), (12, 4, 1)]
+    x = torch.randn(2, 4, *[8] * dims)
+    inside = x
+    for conv in convs[:2]:
+        inside = F.relu6(conv(inside))
+    torch.testing.assert_close(block(x), x + convs[2](inside))
+
+
+@pytest.mark.parametrize(("out_channels", "stride", "summed"), [(4, 1, True), (4, 2, False), (6, 1, False)])
+def test_an_inverted_residual_sums_only_what_has_the_same_shape(out_channels: int, stride: int, summed: bool) -> None:
+    block = InvertedResidual(Layers(2, norm="none"), 4, out_channels, stride=stride)
+    for tensor in block.parameters():
+        nn.init.zeros_(tensor)
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.equal(block(x), x if summed else torch.zeros(1, out_channels, 8 // stride, 8 // stride))
+
+
+def test_without_norms_many_inverted_residuals_keep_the_size_of_activations() -> None:
+    torch.manual_seed(0)
+    layers = Layers(2, norm="none", activation="relu")
+    network = nn.Sequential(InvertedResidual(layers, 16, 24), *[InvertedResidual(layers, 24, 24) for _ in range(12)])
+    initialize(network)
+    calm_inverted_residuals(network)
+    assert 0.3 < network(torch.randn(2, 16, 32, 32)).std() < 3

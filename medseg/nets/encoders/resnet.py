@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from medseg.nets.blocks import Layers, PerAxis, initialize, per_axis
+from medseg.nets.blocks import Layers, PerAxis, initialize, per_axis, shrink_residuals
 from medseg.nets.encoders.encoder import Encoder, plane_stride
 
 
@@ -52,6 +50,11 @@ class BasicBlock(nn.Module):
         y = self.relu1(self.bn1(self.conv1(x)))
         return self.relu2(self.bn2(self.conv2(y)) + self.downsample(x))
 
+    @property
+    def last_conv(self) -> nn.Module:
+        """Whose result is added."""
+        return self.conv2
+
 
 class Bottleneck(nn.Module):
     """1 × 1 to few channels, 3 × 3, 1 × 1 to many, and the sum with the input: the block from ResNet-50 on.
@@ -91,6 +94,11 @@ class Bottleneck(nn.Module):
         y = self.relu1(self.bn1(self.conv1(x)))
         y = self.relu2(self.bn2(self.conv2(y)))
         return self.relu3(self.bn3(self.conv3(y)) + self.downsample(x))
+
+    @property
+    def last_conv(self) -> nn.Module:
+        """Whose result is added."""
+        return self.conv3
 
 
 def shortcut(layers: Layers, in_channels: int, out_channels: int, *, stride: PerAxis) -> nn.Module:
@@ -186,7 +194,7 @@ class ResNet(Encoder):
             )
         initialize(self)
         if norm == "none":
-            self._shrink_residuals(sum(blocks_per_stage))
+            shrink_residuals([m.last_conv for m in self.modules() if isinstance(m, BasicBlock | Bottleneck)])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -196,12 +204,3 @@ class ResNet(Encoder):
             x = self.get_submodule(f"layer{n}")(x)  # (B, channels[n], I / strides[n][0], …)
             features.append(x)
         return features
-
-    def _shrink_residuals(self, num_blocks: int) -> None:
-        """Without norms each block would add as much as the sum holds; so all together do."""
-        for module in self.modules():
-            if isinstance(module, BasicBlock | Bottleneck):
-                last = module.conv3 if isinstance(module, Bottleneck) else module.conv2
-                with torch.no_grad():
-                    for tensor in last.parameters():
-                        tensor.mul_(1 / math.sqrt(num_blocks))

@@ -147,7 +147,7 @@ class Xception(Encoder):
                 module.eps = BATCH_NORM_EPS
         initialize(self)
         if norm == "none":
-            self._shrink_residuals()
+            shrink_blocks(self.blocks)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.stem(x)
@@ -158,13 +158,14 @@ class Xception(Encoder):
                 features.append(inner)  # (B, channels[n], I / strides[n][0], …)
         return [*features, x]
 
-    def _shrink_residuals(self) -> None:
-        """Without norms each block would add as much as the sum holds, and more; so all together do."""
-        for block in self.blocks:
-            if isinstance(block, XceptionBlock) and block.shortcut is not None:
-                with torch.no_grad():
-                    for tensor in block.stack[-1].get_submodule("conv_pw").parameters():
-                        tensor.mul_(2**-1.5 / math.sqrt(len(self.blocks)))  # 2^-1.5: three halves have no activation
+
+def shrink_blocks(blocks: Sequence[nn.Module] | nn.Sequential) -> None:
+    """Without norms each block would add as much as the sum holds, and more; so all together do."""
+    for block in blocks:
+        if isinstance(block, XceptionBlock) and block.shortcut is not None:
+            with torch.no_grad():
+                for tensor in block.stack[-1].get_submodule("conv_pw").parameters():
+                    tensor.mul_(2**-1.5 / math.sqrt(len(blocks)))  # 2^-1.5: three halves have no activation
 
 
 def _conv(
