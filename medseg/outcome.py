@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -53,7 +54,7 @@ class OneMessage(TyperGroup):
         except Exception as error:
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 place = f" {error.filename}" if error.filename else ""
-                message = f"E-DISK{place}: {error.strerror}; make room, then go on where this ended"
+                message = f"E-DISK{place}: {error.strerror}; make room, then go on where this ended (--resume)"
                 _fail(message, INTERNAL_ERROR, debug=ctx.params["debug"])
             if isinstance(error, OSError) and error.filename:
                 _fail(_file_message(error), REFUSED, debug=ctx.params["debug"])
@@ -69,7 +70,8 @@ def _file_message(error: OSError) -> str:
     if isinstance(error, FileExistsError | NotADirectoryError):
         file = next((place for place in (path, *path.parents) if place.is_file()), path)
         return f"E-FILE {file}: is a file; give a folder"
-    return f"E-FILE {path}: {error.strerror}"
+    remedy = "; give a place that can be written" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+    return f"E-FILE {path}: {error.strerror}{remedy}"
 
 
 @contextmanager

@@ -55,9 +55,9 @@ log = logging.getLogger("medseg")
 
 def predict(
     model: str | Sequence[str],
-    inputs: Sequence[Path],
+    inputs: Path | str | Sequence[Path | str],
     *,
-    output: Path,
+    output: Path | str,
     format: str = "nii.gz",
     split: str | None = None,
     overlap: float | None = None,
@@ -121,8 +121,11 @@ def predict(
         MedsegError: If work cannot begin.
     """
     started = time.monotonic()
-    _check_arguments(format, overlap, resume=resume, force=force, with_maps=probabilities or entropy)
-    cases = find_cases(inputs, split=split)
+    paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    output = Path(output)
+    _check_arguments(format, overlap, output, resume=resume, force=force, with_maps=probabilities or entropy)
+    _check_executor(executor, address, slurm)
+    cases = find_cases(paths, split=split)
     check_unique(cases)
     models = tuple(  # found once: the alias may be given to another version while scans are segmented
         str(model_folder(name, tracking_uri)) if is_registered(name) else name
@@ -309,7 +312,7 @@ class _Segmenter:
     def plan(self, job: Job) -> Result:
         """What a case will take, or why it cannot be done."""
         try:
-            plan = self.predictor.plan(read_geometry(job.images[0]))
+            plan = self.predictor.plan(read_geometry(job.images[0]), str(job.images[0]))
         except MedsegError as error:
             return {"error_id": error.error_id, "message": str(error)}
         return {
@@ -410,7 +413,19 @@ def _no_leftovers(folder: Path) -> Iterator[None]:
         remove_leftovers(folder)
 
 
-def _check_arguments(format: str, overlap: float | None, *, resume: bool, force: bool, with_maps: bool) -> None:
+def _check_executor(executor: Executor, address: str | None, slurm: Mapping[str, str] | None) -> None:
+    if slurm and executor != "slurm":
+        raise WorkflowError("E-ARGUMENT", "is for jobs of Slurm; add --executor slurm", where="--slurm")
+    if address and executor != "ray":
+        raise WorkflowError("E-ARGUMENT", "is that of a Ray cluster; add --executor ray", where="--address")
+
+
+def _check_arguments(
+    format: str, overlap: float | None, output: Path, *, resume: bool, force: bool, with_maps: bool
+) -> None:
+    if output.name.lower().endswith(tuple(WRITABLE_SUFFIXES)) and not output.is_dir():
+        message = f"{output} is to be a folder, and files are called after their scans; leave the suffix out"
+        raise WorkflowError("E-ARGUMENT", message, where="--output")
     if f".{format}" not in WRITABLE_SUFFIXES:
         known = ", ".join(suffix.removeprefix(".") for suffix in WRITABLE_SUFFIXES)
         raise WorkflowError("E-SUFFIX", f"{format!r} is not written; known: {known}", where="--format")

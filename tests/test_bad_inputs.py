@@ -185,7 +185,7 @@ def slice_values(*expected: float) -> Then:
 
 def written_names() -> list[str]:
     """What stands in the output folder besides what tells of the batch."""
-    return sorted({path.name for path in Path("out").iterdir()} - {"ledger.db", "summary.csv", ".lock"})
+    return sorted({path.name for path in Path("out").iterdir()} - {"ledger.db", "summary.csv", "report.html", ".lock"})
 
 
 def outputs(*names: str) -> Then:

@@ -388,7 +388,9 @@ def test_a_full_disk_is_told_in_one_message(fake: Fake) -> None:
     fake("train", OSError(errno.ENOSPC, "No space left on device"))
     result = medseg("train", "w.yaml")
     assert result.exit_code == 4
-    assert result.stderr.endswith("E-DISK: No space left on device; make room, then go on where this ended\n")
+    assert result.stderr.endswith(
+        "E-DISK: No space left on device; make room, then go on where this ended (--resume)\n"
+    )
 
 
 def test_register_tells_how_predict_finds_the_model(fake: Fake) -> None:

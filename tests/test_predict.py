@@ -99,6 +99,42 @@ def test_mirroring_is_along_the_axes_that_the_model_names(model, tmp_path, said,
     assert predictor(str(tmp_path / "other"), tta=tta).spec.window.mirror_axes == mirrored
 
 
+def test_other_scans_of_the_same_names_are_not_taken_for_those_a_batch_began_with(model, scans, tmp_path, monkeypatch):
+    (scans / "case_1.nii.gz").write_bytes(b"no scan")
+    monkeypatch.chdir(tmp_path)
+    predict(model, "scans", output="out")
+    other = write_scan(tmp_path / "other" / "case_0.nii.gz", seed=7)
+    with pytest.raises(
+        WorkflowError, match=r"E-RESUME.*case case_0 was .*scans/case_0.nii.gz .* is other/case_0.nii.gz now"
+    ):
+        predict(model, ["other"], output="out", resume=True)
+    other.rename(other.with_name("case_1.nii.gz"))  # which failed, and may be given anew
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    result = predict(model, [Path("../other")], output="../out", resume=True)
+    assert case_ids(result["done"]) == ["case_1"] and result["failed"] == []
+
+
+def test_arguments_that_would_do_nothing_or_something_else_are_refused(model, scans, tmp_path):
+    for wrong, where in (
+        ({"slurm": {"partition": "gpu"}}, "--slurm"),
+        ({"address": "10.0.0.1:6379"}, "--address"),
+        ({"output": tmp_path / "liver.nii.gz"}, "--output"),
+    ):
+        with pytest.raises(WorkflowError, match=f"E-ARGUMENT {where}"):
+            predict(model, [scans], **{"output": tmp_path / "out", **wrong})
+    with pytest.raises(Problems, match="is given 2 times; give it once"):
+        predict(model, [scans / "case_0.nii.gz"] * 2, output=tmp_path / "out")
+
+
+def test_a_picture_among_volumes_is_one_line_of_a_dry_run(model, scans, tmp_path):
+    flat = np.zeros((1, 20, 18), np.float32)
+    write_volume(scans / "flat.nii.gz", Volume(flat, Geometry.from_spacing((20, 18), (1, 1))))
+    planned = predict(model, scans, output=tmp_path / "out", dry_run=True)["planned"]
+    told = {entry["case"]: entry.get("error_id", "fine") for entry in planned}
+    assert told == {"case_0": "fine", "case_1": "fine", "case_2": "fine", "flat": "E-SPATIAL-DIMS"}
+
+
 @pytest.mark.parametrize("format", ["nrrd", "mha"])
 def test_segmentations_are_written_in_the_format_asked_for(model, scans, tmp_path, format):
     predict(model, [scans / "case_0.nii.gz"], output=tmp_path / "out", format=format)

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from medseg.batch.database import Mode, transaction
 from medseg.batch.deaths import Death, given_up
 from medseg.errors import MedsegError, WorkerError, WorkflowError
-from medseg.files import is_running
+from medseg.files import is_running, temporary_path
 
 State = Literal["todo", "running", "done", "failed", "quarantined"]
 
@@ -162,13 +162,19 @@ class Ledger:
             keep: Count cases that are written already as done.
         """
         ledger = cls(path.absolute(), uuid.uuid4().hex)
-        for old in (path, path.with_name(f"{path.name}-journal")):
-            old.unlink(missing_ok=True)
-        with transaction(ledger.path, "rwc") as db:
-            for statement in _TABLES.split(";\n"):
-                db.execute(statement)
-            db.executemany("INSERT INTO batch VALUES (?, ?)", [("key", ledger.batch), ("options", _text(options))])
-            _insert(db, jobs, keep=keep)
+        new = temporary_path(ledger.path)
+        try:
+            with transaction(new, "rwc") as db:
+                for statement in _TABLES.split(";\n"):
+                    db.execute(statement)
+                db.executemany("INSERT INTO batch VALUES (?, ?)", [("key", ledger.batch), ("options", _text(options))])
+                _insert(db, jobs, keep=keep)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            error.filename = str(ledger.path)  # rather than a name that nobody knows
+            raise
+        path.with_name(f"{path.name}-journal").unlink(missing_ok=True)  # or it would be played back into the new one
+        os.replace(new, ledger.path)  # only now: killed before, nobody takes the old batch's files for the new one's
         return ledger
 
     @classmethod
@@ -197,9 +203,15 @@ class Ledger:
             _check_options(path, json.loads(found["options"]), json.loads(_text(options)))
             _reap(db)
             named = {_key(job.id) for job in jobs}
-            known = {row["id"]: row["state"] for row in _rows(db, "1")}
+            rows = _rows(db, "1")
+            known = {row["id"]: row["state"] for row in rows}
+            _check_images(path, rows, jobs)
             left = [(case,) for case, state in known.items() if case not in named and state != "running"]
             db.executemany("DELETE FROM cases WHERE id = ?", left)
+            db.executemany(
+                "UPDATE cases SET input = ?, outputs = ? WHERE id = ? AND state != 'running'",
+                [(*_files(job), _key(job.id)) for job in jobs],
+            )
             again = [
                 (_changed_at(job.files[0]), _key(job.id))
                 for job in jobs
@@ -248,8 +260,8 @@ class Ledger:
         """
         now = time.time()
         with self._transaction() as db:
-            for row in _rows(db, "state = 'running' AND lease_until < ?", now):
-                _give_back(db, row, Death("silence"))
+            for row in _rows(db, "state = 'running' AND lease_until < ? AND worker != ?", now, worker):
+                _give_back(db, row, Death("silence", from_elsewhere=True))  # e.g. a machine that was shut down
             found = _rows(db, "state = 'todo' AND alone <= ? ORDER BY alone, position LIMIT 1", 0 if beside else 1)
             if not found:
                 return None
@@ -268,6 +280,11 @@ class Ledger:
                 "UPDATE cases SET lease_until = ? WHERE worker = ? AND state = 'running'",
                 (time.time() + self.lease_s, worker),
             )
+
+    def is_held(self, worker: str, job: Job) -> bool:
+        """Whether a case is still this worker's."""
+        with self._transaction("ro") as db:
+            return bool(_rows(db, "state = 'running' AND id = ? AND worker = ?", _key(job.id), worker))
 
     def finish(self, worker: str, job: Job, *, seconds: float, peak_bytes: int, told: Mapping[str, Any]) -> bool:
         """Write down that a case is done; False if it is no longer this worker's."""
@@ -374,9 +391,14 @@ def _insert(db: sqlite3.Connection, jobs: Sequence[Job], *, keep: bool) -> None:
     rows = []
     for job in jobs:
         state = "done" if keep and job.is_written else "todo"
-        images, files = _text([job.id, *map(str, job.images)]), _text(list(map(str, job.files)))
-        rows.append((_key(job.id), images, files, _changed_at(job.files[0]), state))
+        rows.append((_key(job.id), *_files(job), _changed_at(job.files[0]), state))
     db.executemany("INSERT INTO cases (id, input, outputs, before, state) VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def _files(job: Job) -> tuple[str, str]:
+    """The columns input and outputs, whatever folder the next call is made in."""
+    images, files = ([os.path.abspath(path) for path in paths] for paths in (job.images, job.files))
+    return _text([job.id, *images]), _text(files)
 
 
 def _rows(db: sqlite3.Connection, condition: str, *values: Any) -> list[sqlite3.Row]:
@@ -425,6 +447,18 @@ def _give_back(db: sqlite3.Connection, row: sqlite3.Row, death: Death | None) ->
         ),
     )  # fmt: skip
     _log(db, row["id"], row["worker"], "quarantined" if error else "returned", death.ending)
+
+
+def _check_images(path: Path, rows: Iterable[sqlite3.Row], jobs: Iterable[Job]) -> None:
+    now = {_key(job.id): job for job in jobs}
+    for row in rows:
+        if row["state"] in ("done", "running") and (job := now.get(row["id"])) and _files(job)[0] != row["input"]:
+            raise WorkflowError(
+                "E-RESUME",
+                f"case {job.id} was {_job(row).images[0]} when the batch began, and is {job.images[0]} now; give the same "
+                "scans, add --force to begin anew, or choose another --output",
+                where=str(path),
+            )
 
 
 def _check_options(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

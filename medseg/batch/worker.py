@@ -137,6 +137,9 @@ class _Hand:
         try:
             found = self.segmenter.segment(taken.job, taken.prepared)
             taken.prepared = None  # its memory is wanted for the next
+            if not self.ledger.is_held(self.worker, taken.job):  # another one does it, or a new batch has begun here
+                self._ended(taken.job)
+                return
             told = self.segmenter.write(taken.job, found)
         except Exception as error:
             self._failed(taken.job, error)

@@ -96,9 +96,12 @@ def check_unique(cases: Sequence[Case]) -> None:
     number_of = Counter(case.id for case in cases)
     for name, number in number_of.items():
         if number > 1:
-            files = " and ".join(str(case.images[0]) for case in cases if case.id == name)
-            message = f"{files} would both be called {name!r}; give the folder that holds them, or a manifest with ids"
-            problems.append(DataError("E-OUTPUT-NAME", message))
+            files = [str(case.images[0]) for case in cases if case.id == name]
+            message = f"{' and '.join(files)} would both be called {name!r}"
+            remedy = "move one of them into a folder of its own, or give a manifest with ids"
+            if len(set(files)) == 1:
+                message, remedy = f"{files[0]} is given {number} times", "give it once"
+            problems.append(DataError("E-OUTPUT-NAME", f"{message}; {remedy}"))
         if name != Path(name).name:
             problems.append(DataError("E-OUTPUT-NAME", f"case id {name!r} is no file name; change it in the manifest"))
     if problems:

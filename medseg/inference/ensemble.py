@@ -73,7 +73,7 @@ class Averaged(nn.Module):
             logits = network(image).float()
             if votes:
                 maps.append(self.labels.segment(logits))
-            mean = mean + logits / len(self.networks)
+            mean = torch.add(mean, logits, alpha=1 / len(self.networks))
         if votes:
             votes.count([*maps, self.labels.segment(mean)])
         return mean
@@ -245,6 +245,12 @@ def _organ_names(labels: Labels) -> dict[int, str]:
     return {value: name for value, name in labels.names.items() if value}  # what the background is called is no matter
 
 
+def _told(what: str, found: Any, wanted: Any) -> str:
+    if found is None:
+        return f"there is no {what}, which is {wanted!r}"
+    return f"{what} is {found!r}, " + ("which there is not" if wanted is None else f"but {wanted!r}")
+
+
 def _difference(first: ModelSpec, other: ModelSpec) -> str:
     """The first thing that keeps two models from being averaged, or nothing."""
     compared: dict[str, tuple[Mapping[Any, Any], Mapping[Any, Any]]] = {
@@ -256,7 +262,7 @@ def _difference(first: ModelSpec, other: ModelSpec) -> str:
     for what, (wanted, found) in compared.items():
         for key in [*wanted, *found]:
             if wanted.get(key) != found.get(key):
-                return f"{what} {key} is {found.get(key, 'nothing')!r}, but {wanted.get(key, 'nothing')!r}"
+                return _told(f"{what} {key}", found.get(key), wanted.get(key))
         if list(wanted) != list(found):
             return f"its {what}s are {', '.join(map(str, found))}, in another order than"
     return ""

@@ -122,6 +122,7 @@ def _memory(device: torch.device, *, reset: bool = False) -> int:
     """Bytes in use with `reset`, from where on peaks are counted; else the peak since. 0 where nothing tells."""
     if device.type == "cuda":
         if reset:
+            torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             return torch.cuda.memory_allocated(device)
         torch.cuda.synchronize(device)

@@ -267,16 +267,7 @@ class Predictor:
         for channel, (low, high) in zip(self.spec.channels, prepared.ranges, strict=False):
             if fault := hounsfield_fault(channel, low, high):
                 log.warning("W-HU %s: %s", prepared.name, fault)
-        takes_pictures = all(
-            part.spec.spatial_dims == 2 and not part.spec.window.context_slices for part in self._parts
-        )
-        if prepared.source.spatial_dims != 3 and not takes_pictures:
-            raise DataError(
-                "E-SPATIAL-DIMS",
-                f"{prepared.source.spatial_dims}D image of shape {prepared.source.shape}; the model takes volumes: "
-                "stack the slices into one file",
-                where=prepared.name,
-            )
+        self._check_dims(prepared.source, prepared.name)
         return replace(prepared, others=tuple(others)) if others else prepared
 
     def segment_prepared(
@@ -299,7 +290,7 @@ class Predictor:
         if shows_something:
             found = self._segmented(prepared, wanted)
         else:
-            log.warning("W-EMPTY %s: shows nothing after clipping; so does the segmentation", prepared.name)
+            log.warning("W-EMPTY %s: all its voxels are equal once clipped: nothing is segmented in it", prepared.name)
             found = self._collected((), prepared, PICTURE_AXIS, wanted)
             if wanted.uncertainty:
                 found = replace(found, uncertainty=1.0)
@@ -401,8 +392,13 @@ class Predictor:
         finally:
             torch.set_num_threads(self._num_threads)
 
-    def plan(self, source: Geometry) -> Plan:
-        """What a scan on this grid will take; the first call computes some windows to find out."""
+    def plan(self, source: Geometry, name: str = "the scan") -> Plan:
+        """What a scan on this grid will take; the first call computes some windows to find out.
+
+        Raises:
+            DataError: If it is a picture and the model takes volumes.
+        """
+        self._check_dims(source, name)
         way, total = Way(self.batch_size, self.device, self.device), Plan(0, 0.0, 0, 0)
         for part in self._parts:
             if part not in self._costs:
@@ -467,7 +463,7 @@ class Predictor:
             windows,
             background=self.spec.labels.background,
             batch_size=way.batch_size,
-            autocast=self.autocast,
+            autocast=self.autocast if way.device == self.device or has_bf16(way.device.type) else None,
             device=way.device,
             clock=clock,
             in_bands=in_bands,
@@ -507,6 +503,18 @@ class Predictor:
         """The channels in which the body is looked for, where a network is to be spared the air."""
         crops = [part.spec.window.crop for part in self._parts if part.spec.preprocessing == preprocessing]
         return self.spec.channels if any(crop != "none" for crop in crops) else ()
+
+    def _check_dims(self, source: Geometry, name: str) -> None:
+        takes_pictures = all(
+            part.spec.spatial_dims == 2 and not part.spec.window.context_slices for part in self._parts
+        )
+        if source.spatial_dims != 3 and not takes_pictures:
+            raise DataError(
+                "E-SPATIAL-DIMS",
+                f"{source.spatial_dims}D image of shape {source.shape}; the model takes volumes: "
+                "stack the slices into one file",
+                where=name,
+            )
 
     def _check_modality(self, prepared: Prepared, *, any_modality: bool) -> None:
         try:

@@ -7,6 +7,7 @@ patch's depth of the logits is therefore held, however long the scan; in bands, 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -18,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from medseg.errors import ModelError
 from medseg.inference.windows import Axis, Numbers, Windows
 from medseg.labels import Labels
 
@@ -113,6 +115,9 @@ def slabs(
         thread: Where the network predicts the next windows, while those before are put together here; None: here.
         turn: Held as long as there are windows to be predicted.
 
+    Raises:
+        ModelError: At the end, if the network said NaN.
+
     Yields:
         All planes of the windows' box, in order, each once. In bands, planes of the same rows come in order.
     """
@@ -126,12 +131,16 @@ def slabs(
         with torch.autocast(device.type, autocast) if autocast else nullcontext(), clock.running(device):
             return batch, network(patches)  # (B, R, patch)
 
+    strange = torch.zeros((), dtype=torch.bool, device=image.device)
     with turn or nullcontext():
         for batch, predicted in _mapped(predict, _batches(windows, batch_size), thread):
+            strange |= predicted.sum(dtype=torch.float32).isnan().to(image.device)
             for n, numbers in enumerate(batch):
                 yield from blended.finished(before=numbers)
                 blended.add(numbers, predicted[n].to(image.device))
             del predicted  # or the next but one would be made beside it
+    if strange:  # asked once, as a GPU would be waited for each time
+        raise ModelError("E-NAN", "the network says NaN; was it trained to the end? try another checkpoint, or fp32")
     yield from blended.finished()
 
 
@@ -209,10 +218,9 @@ class _Blended:
         """The blocks between the corner of the window before and that of the next."""
         (plane, row), self.corner = self.corner, corner
         last_row = corner[1] if corner[0] == plane else self.axes[1].covered
-        for rows in self.rows:
-            for planes in self.planes:
-                if row <= rows.start < last_row and plane <= planes.start < self.next_layer[plane]:
-                    yield from self._handed_on(planes, rows)
+        for rows in _meeting(self.rows, slice(row, last_row)):
+            for planes in _meeting(self.planes, slice(plane, self.next_layer[plane])):
+                yield from self._handed_on(planes, rows)
 
     def _handed_on(self, planes: slice, rows: slice) -> Iterator[Slab]:
         block = self.blocks.pop((planes.start, rows.start))
@@ -246,13 +254,12 @@ class _Blended:
 
     def _touched(self, planes: slice, rows: slice) -> Iterator[tuple[Tensor, tuple[slice, slice], tuple[slice, slice]]]:
         """The blocks that a window lies in, where in them, and which part of it does."""
-        for of_planes in self.planes:
-            for of_rows in self.rows:
+        for of_planes in _meeting(self.planes, planes):
+            for of_rows in _meeting(self.rows, rows):
                 shared = _overlap(of_planes, planes), _overlap(of_rows, rows)
-                if all(part.start < part.stop for part in shared):
-                    into = _shifted(shared[0], -of_planes.start), _shifted(shared[1], -of_rows.start)
-                    own = _shifted(shared[0], -planes.start), _shifted(shared[1], -rows.start)
-                    yield self._block(of_planes, of_rows), into, own
+                into = _shifted(shared[0], -of_planes.start), _shifted(shared[1], -of_rows.start)
+                own = _shifted(shared[0], -planes.start), _shifted(shared[1], -rows.start)
+                yield self._block(of_planes, of_rows), into, own
 
     def _block(self, planes: slice, rows: slice) -> Tensor:
         """The block that begins there, at first with nothing in it."""
@@ -270,6 +277,12 @@ def _ends(axis: Axis) -> list[int]:
 def _stretches(borders: Iterable[int]) -> list[slice]:
     """What lies between the borders."""
     return [slice(start, stop) for start, stop in pairwise(sorted(borders))]
+
+
+def _meeting(stretches: Sequence[slice], part: slice) -> Sequence[slice]:
+    """Those that share something with a part, of stretches that follow each other."""
+    first = bisect_right(stretches, part.start, key=lambda stretch: stretch.stop)
+    return stretches[first : bisect_left(stretches, part.stop, key=lambda stretch: stretch.start)]
 
 
 def _overlap(one: slice, other: slice) -> slice:

@@ -176,7 +176,7 @@ def _verdict(batch: Batch) -> str:
         return f"That is too few to say which volumes are unusual; it takes {MIN_CASES}."
     has_doubts = _is_known(batch, "uncertainty")
     if count := len(batch.outliers):
-        number_of = f"{count:,} of them have" if count > 1 else "One of them has"
+        number_of = f"{count:,} of those segmented have" if count > 1 else "One of those segmented has"
         what = "a volume or an uncertainty" if has_doubts else "a volume"
         return f"<b>{number_of} {what} that stands out</b> and should be looked at first."
     return f"No volume{' and no uncertainty' if has_doubts else ''} stands out among the others."

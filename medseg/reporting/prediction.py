@@ -82,16 +82,21 @@ def prediction_summary(result: Mapping[str, Any]) -> RenderableType:
     return Group(_lines(lines), table, _lines(places))
 
 
+def _size(gigabytes: float) -> str:
+    return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{1000 * gigabytes:.0f} MB"
+
+
 def _plan(planned: Sequence[Mapping[str, Any]]) -> list[str]:
     """What would be done, and what it would take."""
     known = [entry for entry in planned if "windows" in entry]
-    lines = [f"{len(known)} would be segmented"]
+    lines = [f"{len(known)} would be segmented, as far as headers tell"]
+    lines[0] += f"; {len(planned) - len(known)} could not" if len(known) < len(planned) else ""
     if known:
         windows, seconds = (sum(entry[key] for entry in known) for key in ("windows", "network_seconds"))
         memory, gpu = (max(entry[key] for entry in known) for key in ("memory_gb", "gpu_memory_gb"))
         lines += [
             f"{counted(windows, 'window')}, {duration(seconds)} in the network, on one worker",
-            f"{memory:.1f} GB of memory at the most beside the model" + (f", {gpu:.1f} GB of the GPU's" if gpu else ""),
+            f"{_size(memory)} of memory at the most beside the model" + (f", {_size(gpu)} of the GPU's" if gpu else ""),
         ]
     for entry in planned:
         told = f"{counted(entry['windows'], 'window')}  {entry['output']}" if "windows" in entry else entry["message"]

@@ -158,6 +158,32 @@ def test_what_was_there_before_the_batch_is_no_sign_that_a_case_is_done(tmp_path
     assert ledger.progress().done == 1
 
 
+def test_a_worker_that_slept_beyond_its_lease_keeps_what_nobody_has_taken(tmp_path):
+    ledger = Ledger.begin(tmp_path / "ledger.db", jobs(tmp_path), OPTIONS)
+    asleep = Ledger(ledger.path, ledger.batch, lease_s=-1)
+    job = claim(asleep, "w")
+    assert claim(asleep, "w", beside=True) != job and ledger.is_held("w", job)
+    assert claim(ledger, "other") not in (job, None)
+    assert not ledger.is_held("w", job) and not finish(ledger, job, "w")
+    assert row(ledger)["attempts"] == 0  # it is not to blame
+
+
+def test_a_batch_that_is_begun_anew_replaces_the_old_one_in_one_step(tmp_path, monkeypatch):
+    old = Ledger.begin(tmp_path / "ledger.db", jobs(tmp_path), OPTIONS)
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("medseg.batch.ledger.os.replace", killed)
+        Ledger.begin(tmp_path / "ledger.db", jobs(tmp_path), {"model": "new"})
+    assert old.options == OPTIONS and states(old) == ["todo"] * 3
+    new = Ledger.begin(tmp_path / "ledger.db", jobs(tmp_path), {"model": "new"})
+    assert new.options == {"model": "new"}
+    with pytest.raises(WorkerError, match="another batch"):
+        old.progress()
+
+
 def test_a_lease_that_runs_out_gives_the_case_to_another_worker(tmp_path):
     begun = Ledger.begin(tmp_path / "ledger.db", jobs(tmp_path, 1), OPTIONS)
     ledger = Ledger(begun.path, begun.batch, lease_s=0.5)

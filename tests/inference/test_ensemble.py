@@ -237,8 +237,8 @@ REGIONS = labels_of(2, regions=True)
     ("other", "message"),
     [
         (Labels({0: "background", 1: "label 1", 2: "tumour"}), "label 2 is 'tumour', but 'label 2' in model 0"),
-        (Labels({0: "background", 1: "label 1"}), "label 2 is 'nothing', but 'label 2' in model 0"),
-        (REGIONS, r"region region 1 is \(1, 2\), but 'nothing' in model 0"),
+        (Labels({0: "background", 1: "label 1"}), "there is no label 2, which is 'label 2' in model 0"),
+        (REGIONS, r"region region 1 is \(1, 2\), which there is not in model 0"),
     ],
 )
 def test_models_that_find_other_organs_are_refused(other: Labels, message: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
+from medseg.errors import ModelError
 from medseg.inference.sliding_window import _Blended as Blended
 from medseg.inference.sliding_window import slabs
 from medseg.inference.windows import Windows, window_starts
@@ -199,3 +200,16 @@ def test_autocast_lowers_the_networks_precision_and_keeps_logits_float32():
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, atol=2e-2, rtol=2e-2)
     assert not torch.equal(rough, exact)
+
+
+def test_a_network_that_says_nan_is_no_segmentation():
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x > 3.5, torch.nan, x)
+
+    window = Window((8, 8, 8))
+    assert sliding_window(torch.ones(1, 20, 20, 20), Broken(), window, num_outputs=1).isfinite().all()
+    volume = torch.ones(1, 20, 20, 20)
+    volume[0, 3, 4, 5] = 4
+    with pytest.raises(ModelError, match="E-NAN"):
+        sliding_window(volume, Broken(), window, num_outputs=1)
