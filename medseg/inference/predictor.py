@@ -7,7 +7,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -209,7 +208,6 @@ class Predictor:
         self.batch_size = batch_size or (SLICES_AT_ONCE if on_slices else 1)
         self._steps = check_steps(self.spec.postprocess, spec.labels, num_channels=num_channels)
         self._crf = crf_of(self.spec.postprocess, spec.labels, num_channels=num_channels)
-        self._num_threads = torch.get_num_threads()
         self._turn = RLock()
         self._num_windows = Counter[_Part]()  # of all scans so far
         self._laid_out: set[_Part] = set()
@@ -354,12 +352,9 @@ class Predictor:
         clock, votes = Clock(), Votes() if wanted.uncertainty else None
         crf: list[str] = []
         with ExitStack() as stack:
-            thread = stack.enter_context(self._network_thread())
             streams = [
                 stack.enter_context(
-                    closing(
-                        self._strips(part, prepared, windows, way, thread, axis=axis, clock=clock, votes=votes, crf=crf)
-                    )
+                    closing(self._strips(part, prepared, windows, way, axis=axis, clock=clock, votes=votes, crf=crf))
                 )
                 for part, windows in zip(self._parts, every, strict=True)
             ]
@@ -375,22 +370,6 @@ class Predictor:
             agreement=votes.share if votes else None,
             crf=tuple(crf),
         )
-
-    @contextmanager
-    def _network_thread(self) -> Iterator[Executor | None]:
-        """Where networks predict, on all processors, while this thread deals with what they said, on one: its steps are
-        short, and threads that wait for each other would take longer.
-        """
-        if self._num_threads == 1 and self.device.type == "cpu":
-            yield None
-            return
-        torch.get_num_threads()  # which makes sure that what follows counts for this thread
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(1, "network", torch.set_num_threads, (self._num_threads,)) as thread:
-                yield thread
-        finally:
-            torch.set_num_threads(self._num_threads)
 
     def plan(self, source: Geometry, name: str = "the scan") -> Plan:
         """What a scan on this grid will take; the first call computes some windows to find out.
@@ -442,7 +421,6 @@ class Predictor:
         prepared: Prepared,
         windows: Windows,
         way: Way,
-        thread: Executor | None,
         *,
         axis: int,
         clock: Clock,
@@ -467,13 +445,12 @@ class Predictor:
             device=way.device,
             clock=clock,
             in_bands=in_bands,
-            thread=thread,
             turn=self._turn_of(part, way, windows.num_computed, clock),
         )
         if self._crf:
             predicted = refined(
                 predicted, image, self._crf, self.spec.labels, windows,
-                spacing_mm=seen.geometry.spacing_mm, told=crf, thread=thread,
+                spacing_mm=seen.geometry.spacing_mm, told=crf,
             )  # fmt: skip
         box = windows.box
         if prepared.source.spatial_dims == 2:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +29,6 @@ def refined(
     *,
     spacing_mm: Sequence[float],
     told: list[str],
-    thread: Executor | None = None,
 ) -> Iterator[Slab]:
     """Slabs of whole planes after the CRF, which works on the box around all that may be an organ.
 
@@ -44,7 +41,6 @@ def refined(
         labels: What the channels are.
         windows: Those over the image, whose box the slabs fill.
         spacing_mm: Voxel size along the image's axes.
-        thread: Where all processors compute, as for `medseg.inference.sliding_window.slabs`; None: here.
         told: Is told how many voxels there were, whether all pairs of them were compared, and the seconds.
 
     Yields:
@@ -73,14 +69,12 @@ def refined(
         logits[(slice(None), *_within(where, around))] = piece
     seen = volume.permute(0, *(1 + axis for axis in order))[(slice(None), *around)]
     started = time.perf_counter()
-    arguments = logits, seen.contiguous(), spacing, crf
-    work = partial(torch.inference_mode()(refine), regions=bool(labels.regions))
-    result = thread.submit(work, *arguments).result() if thread else work(*arguments)
+    result = refine(logits, seen.contiguous(), spacing, crf, regions=bool(labels.regions))
     if image.is_cuda:
         torch.cuda.synchronize(image.device)
     seconds = time.perf_counter() - started
     told.append(f"{' × '.join(map(str, size))} voxels, {result.connections}, {seconds:.1f} s")
-    del logits, arguments
+    del logits
     rows, columns = _within(around, box)[1:]
     for number in range(box[0].start, box[0].stop):
         plane = empty

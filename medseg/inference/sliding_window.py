@@ -10,11 +10,9 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +20,6 @@ from torch import Tensor
 from medseg.errors import ModelError
 from medseg.inference.windows import Axis, Numbers, Windows
 from medseg.labels import Labels
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 CLASSES_AT_ONCE = 8
 """Channels of a window that are turned round at once, so that no second copy of a window is held."""
@@ -96,7 +91,6 @@ def slabs(
     device: torch.device | None = None,
     clock: Clock | None = None,
     in_bands: bool = False,
-    thread: Executor | None = None,
     turn: AbstractContextManager[object] | None = None,
 ) -> Iterator[Slab]:
     """Predict a volume or picture, from one end of the outer axis to the other.
@@ -112,7 +106,6 @@ def slabs(
         device: Where the network is; None: where the image is. Else windows travel there and back.
         clock: Told how long the network computes.
         in_bands: Hand rows on as soon as they are finished, which takes less memory, instead of whole planes.
-        thread: Where the network predicts the next windows, while those before are put together here; None: here.
         turn: Held as long as there are windows to be predicted.
 
     Raises:
@@ -125,45 +118,22 @@ def slabs(
     padded = windows.padded(image.unsqueeze(1 + windows.outer) if windows.is_picture else image)
     device, clock = device or image.device, clock or Clock()
 
-    @torch.inference_mode()
-    def predict(batch: Sequence[Numbers]) -> tuple[Sequence[Numbers], Tensor]:
-        patches = torch.stack([padded[windows.read(numbers)] for numbers in batch]).to(device)
-        with torch.autocast(device.type, autocast) if autocast else nullcontext(), clock.running(device):
-            return batch, network(patches)  # (B, R, patch)
-
     strange = torch.zeros((), dtype=torch.bool, device=image.device)
+    coming = (numbers for numbers in windows if numbers not in windows.empty)
     with turn or nullcontext():
-        for batch, predicted in _mapped(predict, _batches(windows, batch_size), thread):
+        while batch := list(islice(coming, batch_size)):
+            patches = torch.stack([padded[windows.read(numbers)] for numbers in batch]).to(device)
+            with torch.autocast(device.type, autocast) if autocast else nullcontext(), clock.running(device):
+                predicted = network(patches)  # (B, R, patch)
+            del patches
             strange |= predicted.sum(dtype=torch.float32).isnan().to(image.device)
             for n, numbers in enumerate(batch):
                 yield from blended.finished(before=numbers)
                 blended.add(numbers, predicted[n].to(image.device))
-            del predicted  # or the next but one would be made beside it
+            del predicted  # or the next would be made beside it
     if strange:  # asked once, as a GPU would be waited for each time
         raise ModelError("E-NAN", "the network says NaN; was it trained to the end? try another checkpoint, or fp32")
     yield from blended.finished()
-
-
-def _batches(windows: Windows, batch_size: int) -> Iterator[list[Numbers]]:
-    coming = (numbers for numbers in windows if numbers not in windows.empty)
-    while batch := list(islice(coming, batch_size)):
-        yield batch
-
-
-def _mapped(function: Callable[[S], T], items: Iterable[S], thread: Executor | None) -> Iterator[T]:
-    """``map(function, items)``, the next of which is made in a thread while the caller has one in hand."""
-    if thread is None:
-        yield from map(function, items)
-        return
-    coming: Future[T] | None = None
-    for item in items:
-        made = coming
-        coming = thread.submit(function, item)
-        if made:
-            yield made.result()
-            del made
-    if coming:
-        yield coming.result()
 
 
 def label_map(predicted: Iterable[Slab], labels: Labels, windows: Windows) -> Tensor:
