@@ -117,7 +117,6 @@ def slabs(
     blended = _Blended(windows, torch.tensor(background, device=image.device), in_bands=in_bands)
     padded = windows.padded(image.unsqueeze(1 + windows.outer) if windows.is_picture else image)
     device, clock = device or image.device, clock or Clock()
-
     strange = torch.zeros((), dtype=torch.bool, device=image.device)
     coming = (numbers for numbers in windows if numbers not in windows.empty)
     with turn or nullcontext():
