@@ -36,7 +36,7 @@ import numpy as np
 
 from medseg.files import is_running
 
-OVER = {"ledger.db", "summary.csv", ".lock", "slurm"}
+OVER = {"ledger.db", "summary.csv", "report.html", ".lock", "slurm"}
 LOAD_S = 240.0
 """A command that has begun nothing for so long is broken."""
 

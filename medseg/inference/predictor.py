@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -209,7 +208,6 @@ class Predictor:
         self._steps = check_steps(self.spec.postprocess, spec.labels, num_channels=num_channels)
         self._crf = crf_of(self.spec.postprocess, spec.labels, num_channels=num_channels)
         self._turn = RLock()
-        self._num_windows = Counter[_Part]()  # of all scans so far
         self._laid_out: set[_Part] = set()
         self._costs: dict[_Part, WindowCost] = {}
 
@@ -394,14 +392,12 @@ class Predictor:
         with self._turn:
             clock.waited += time.perf_counter() - asked
             part.network.to(way.device)
-            enough = self._num_windows[part] + num_windows >= MIN_WINDOWS
-            if enough and part not in self._laid_out and way.device == self.device:
+            if num_windows >= MIN_WINDOWS and part not in self._laid_out and way.device == self.device:
                 self._laid_out.add(part)
                 if part.spec.spatial_dims == 3:
                     shape = part.batch_shape(way.batch_size)
                     lay_out(part.network, shape, device=way.device, autocast=self.autocast)
             yield
-            self._num_windows[part] += num_windows
 
     def _windows(self, prepared: Prepared) -> list[Windows]:
         """Of each part; all in order along the same axis, and in the same direction."""
