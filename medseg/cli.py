@@ -380,14 +380,22 @@ def nets(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One network.")] = None,
     *,
     spatial_dims: Annotated[int | None, typer.Option(min=2, max=3, help="Only those for 2D or 3D.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the network there.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the networks, or tell all of one."""
     with stdout_kept_free():
         from medseg.nets import NETS
-        from medseg.nets.describe import describe, explain
+        from medseg.nets.describe import describe, drawn, explain
         from medseg.nets.listing import net_page, nets_table
 
+    if picture is not None:
+        from medseg.files import write_atomically
+
+        if name is None:
+            raise WorkflowError("E-ARGUMENT", "shows one network; say which: medseg nets NAME", where="--picture")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(picture, drawn(name, spatial_dims=spatial_dims).encode())
     if name is not None:
         print_result({"name": name, **explain(name, spatial_dims=spatial_dims)}, as_json, net_page)
         return

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg.nets.convolution import conv_class
+from medseg.nets.normalization import GroupNorm
 from medseg.registry import Registry
 
 T = TypeVar("T")
@@ -28,9 +29,9 @@ NORMS: Registry[Callable[[int, int], nn.Module]] = Registry(
         # Batch norm learns well from the many slices a 2D batch holds; a 3D batch holds two patches.
         "auto": lambda channels, dims: NORMS["instance" if dims == 3 else "batch"](channels, dims),
         # A group of one channel is instance norm, weights and all; on a CPU torch computes it at least twice as fast.
-        "instance": lambda channels, _: nn.GroupNorm(channels, channels),
+        "instance": lambda channels, _: GroupNorm(channels, channels),
         "batch": lambda channels, dims: (nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d)(channels),
-        "group": lambda channels, _: nn.GroupNorm(math.gcd(channels, 8), channels),
+        "group": lambda channels, _: GroupNorm(math.gcd(channels, 8), channels),
         "none": lambda *_: nn.Identity(),
     },
 )

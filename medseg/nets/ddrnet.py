@@ -89,9 +89,8 @@ class DDRNet(SegmentationNetwork):
             initialize(part)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
-        early, fine, coarse = self.encoder(
-            x
-        )  # (B, 2 × width, I/8, …), (B, 4 × width, I/8, …), (B, 16 × width, I/64, …)
+        # (B, 2 × width, I/8, …), (B, 4 × width, I/8, …), (B, 16 × width, I/64, …)
+        early, fine, coarse = self.encoder(x)
         logits = self.head(fine + resize(self.pyramid(coarse), fine.shape[2:]))
         extra = [head(early) for head in self.extra_heads] if self.training else []
         return [resize(logits, x.shape[2:]), *extra]
@@ -156,8 +155,7 @@ class DualResNet(Encoder):
         self._add("layer5", 8 * width, self._stage(WideBottleneck, 8 * width, 8 * width, 1, stride=self.halved))
         initialize(self)
         if norm == "none":
-            residual = [m for m in self.modules() if isinstance(m, BasicBlock | Bottleneck)]
-            shrink_residuals([m.conv3 if isinstance(m, Bottleneck) else m.conv2 for m in residual])
+            shrink_residuals([m.last_conv for m in self.modules() if isinstance(m, BasicBlock | Bottleneck)])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         fine = coarse = self._run("layer2", self.layer1(self.conv1(x)))  # (B, 2 × width, I/8, …)

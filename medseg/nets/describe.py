@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.nets import NETS, NetworkEntry
+from medseg.nets.diagram import drawing, layers_of
 from medseg.nets.network import SegmentationNetwork
 from medseg.parts import described, documented
 
@@ -43,7 +44,8 @@ def explain(name: str, *, spatial_dims: int | None = None) -> dict[str, Any]:
     """A network at length: `describe`, and its docstring, arguments and structure.
 
     Returns:
-        Also ``about`` and ``arguments`` as in `documented`, and ``structure`` (a line a part: where it stands, its kind, parameters, and the shape it gives).
+        Also ``about`` and ``arguments`` as in `documented`, and ``structure`` (a line a part: where it stands, its
+        kind, parameters, and the shape it gives).
     """
     entry = NETS[name]
     dims = spatial_dims or max(entry.spatial_dims)
@@ -52,6 +54,12 @@ def explain(name: str, *, spatial_dims: int | None = None) -> dict[str, Any]:
         **documented(entry.network),
         "structure": structure(imagined(entry, dims)),
     }
+
+
+def drawn(name: str, *, spatial_dims: int | None = None) -> str:
+    """A network with its default arguments as an SVG picture, see `medseg.nets.diagram`; in 2D unless 3D is asked for."""
+    entry = NETS[name]
+    return drawing(layers_of(imagined(entry, spatial_dims or min(entry.spatial_dims)), IMAGE_CHANNELS))
 
 
 def imagined(entry: NetworkEntry, spatial_dims: int, args: Mapping[str, Any] | None = None) -> SegmentationNetwork:

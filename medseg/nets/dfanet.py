@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +97,7 @@ class DFANet(SegmentationNetwork):
         self.of_coarse = nn.ModuleList(
             ConvBlock(layers, channels[-1], decoder_channels, kernel_size=1) for _ in range(num_runs)
         )
-        with_dropout = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout)
-        self.merge = ConvBlock(with_dropout, decoder_channels, decoder_channels, kernel_size=1)
+        self.merge = ConvBlock(replace(layers, dropout=dropout), decoder_channels, decoder_channels, kernel_size=1)
         self.head = layers.head(decoder_channels, out_channels)
         initialize(self)
         if norm == "none":

@@ -13,6 +13,7 @@ from medseg.errors import WorkflowError
 from medseg.nets.blocks import ConvBlock, Layers, resize
 from medseg.nets.encoders.encoder import plane_stride
 from medseg.nets.encoders.vgg import hidden_layers
+from medseg.nets.normalization import GroupNorm
 from medseg.nets.separable import SeparableConv
 
 
@@ -25,7 +26,7 @@ def pooled_norm(layers: Layers, channels: int) -> nn.Module:
     if layers.norm == "none":
         return nn.Identity()
     if layers.norm != "batch":
-        return nn.GroupNorm(1, channels)
+        return GroupNorm(1, channels)
     norm = layers.make_norm(channels)
     norm.register_forward_pre_hook(_refuse_single_value)
     return norm

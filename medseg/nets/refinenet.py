@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from medseg.nets.blocks import ConvBlock, Layers, initialize, per_level, resize
+from medseg.nets.blocks import ConvBlock, Layers, initialize, per_level, resize, shrink_residuals
 from medseg.nets.dilated import DilatedNetwork
 from medseg.nets.encoders.encoder import plane_stride
 from medseg.nets.encoders.vgg import dense_pool
@@ -188,13 +186,10 @@ class ChainedResidualPooling(nn.Module):
 
 
 def _shrink_residuals(blocks: nn.Module) -> None:
-    """Else each part would add as much as the sum holds; so all together do."""
-    residuals: list[ConvBlock] = []
+    residuals: list[nn.Module] = []
     for module in blocks.modules():
         if isinstance(module, ResidualConvUnit):
             residuals.append(module.last)
         elif isinstance(module, ChainedResidualPooling):
-            residuals.extend(block for block in module.convs if isinstance(block, ConvBlock))
-    with torch.no_grad():
-        for block in residuals:
-            block.get_parameter("conv.weight").mul_(1 / math.sqrt(len(residuals)))
+            residuals.extend(module.convs)
+    shrink_residuals(residuals)

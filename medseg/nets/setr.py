@@ -39,14 +39,14 @@ SUPERVISED = (10, 15, 20, 24)
 class SETR(SegmentationNetwork):
     """SETR: a plain vision transformer is the whole encoder; the image is never downsampled but into patches.
 
-    Its tokens, all at 1/16 of the image's resolution (1/8 in 3D by default), become logits by one of three decoders: ``naive`` (two
-    1 × 1 convolutions, then one interpolation), ``pup`` (progressive upsampling: convolutions, each followed by
-    one of 2 ×) or ``mla`` (multi-level aggregation: features after each quarter of the layers, summed from the
-    deepest up, refined and joined).
+    Its tokens, all at 1/16 of the image's resolution (1/8 in 3D by default), become logits by one of three
+    decoders: ``naive`` (two 1 × 1 convolutions, then one interpolation), ``pup`` (progressive upsampling:
+    convolutions, each followed by one of 2 ×) or ``mla`` (multi-level aggregation: features after each quarter of
+    the layers, summed from the deepest up, refined and joined).
 
-    Takes any size from `min_size` (16 by default in 2D, 8 in 3D) up: position embeddings are interpolated from `image_size`.
-    Multiples of `min_size` need no padding. By default 12,394,114 parameters in 3D and 88,946,946 in 2D (one channel
-    in, two out).
+    Takes any size from `min_size` (16 by default in 2D, 8 in 3D) up: position embeddings are interpolated from
+    `image_size`. Multiples of `min_size` need no padding. By default 12,394,114 parameters in 3D and 88,946,946 in
+    2D (one channel in, two out).
 
     Smaller by default than the paper's, whose encoder is ViT-L/16: ``hidden_channels=1024, num_layers=24,
     image_size=768`` in 2D, with 305,460,224 parameters. Departs from the paper: auxiliary heads are those of ``naive``;
@@ -248,9 +248,7 @@ class MultiLevelAggregation(nn.Module):
         super().__init__()
         half = max(1, channels // 2)
         make: Callable[..., nn.Module] = functools.partial(ConvBlock, layers)
-        self.norms = nn.ModuleList(
-            TokenNorm(in_channels) for _ in range(num_features - 1)
-        )  # the last one is normalized
+        self.norms = nn.ModuleList(TokenNorm(in_channels) for _ in range(num_features - 1))  # the last one has been
         self.reduce = nn.ModuleList(make(in_channels, channels, kernel_size=1) for _ in range(num_features))
         self.refine = nn.ModuleList(
             nn.Sequential(make(channels, channels), make(channels, half), make(half, half)) for _ in range(num_features)

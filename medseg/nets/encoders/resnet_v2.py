@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from medseg.nets.blocks import PerAxis, per_axis
 from medseg.nets.convolution import conv_class, convolve
 from medseg.nets.encoders.encoder import Encoder, plane_stride
+from medseg.nets.normalization import GroupNorm
 
 EXPANSION = 4
 """Output channels of a bottleneck over those of its 3 × 3 convolution."""
@@ -167,4 +168,4 @@ def standardized(weight: Tensor) -> Tensor:
 
 
 def _norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(math.gcd(channels, 32), channels)
+    return GroupNorm(math.gcd(channels, 32), channels)

@@ -20,9 +20,9 @@ class VGG(Encoder):
 
     Its features are those of each stage before its pooling, then those after the last one, at 1/32; or, as other
     encoders have them, those after each pooling. With a smaller `output_stride` the last poolings keep the
-    resolution, and the convolutions behind them are dilated. Modules are named as in torchvision's ``vgg16`` (with ``norm="none"``) and ``vgg16_bn`` (with a norm);
-    with a norm, too, the convolutions keep their bias, as theirs do. Without the classifier VGG-16 has
-    14,714,688 parameters in 2D, with batch norm 14,723,136.
+    resolution, and the convolutions behind them are dilated. Modules are named as in torchvision's ``vgg16`` (with
+    ``norm="none"``) and ``vgg16_bn`` (with a norm); with a norm, too, the convolutions keep their bias, as theirs
+    do. Without the classifier VGG-16 has 14,714,688 parameters in 2D, with batch norm 14,723,136.
 
     Args:
         spatial_dims: 2 or 3.
