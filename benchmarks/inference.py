@@ -86,7 +86,9 @@ def medseg_side(options: argparse.Namespace) -> Callable[[], None]:
     """`medseg.inference.predictor`, as `medseg predict` uses it."""
     from medseg.data.volume_io import write_volume
     from medseg.inference.predictor import Predictor
+    from medseg.memory import keep_freed_memory
 
+    keep_freed_memory()
     predictor = Predictor(specification(options), model(options), device=options.device, precision=options.precision)
 
     def run() -> None:

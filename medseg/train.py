@@ -27,6 +27,7 @@ from medseg.build.training import trainer as make_trainer
 from medseg.data.manifest import Manifest
 from medseg.display import console, track
 from medseg.errors import Interrupted, TrainingError, WorkflowError
+from medseg.memory import keep_freed_memory
 from medseg.metrics.table import PER_CASE, read_table, write_table
 from medseg.model import load_spec, save_model
 from medseg.reporting.page import REPORT
@@ -88,6 +89,7 @@ def train(
     """
     plan = Workflow.load(workflow, overrides)
     hardware = Hardware(device)
+    keep_freed_memory()
     held_out = _fold(fold, plan)
     if dry_run:
         return _rehearse(plan, 0 if held_out is None else held_out, hardware)

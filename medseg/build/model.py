@@ -17,6 +17,7 @@ from medseg.data.manifest import Manifest
 from medseg.errors import ModelError, WorkflowError
 from medseg.inference.ensemble import Member
 from medseg.inference.predictor import Precision, Predictor
+from medseg.memory import keep_freed_memory
 from medseg.model import Crop, ModelSpec, Preprocessing, Window, load_model
 from medseg.nets import NETS
 from medseg.nets.slices import OnSlices
@@ -135,6 +136,7 @@ def predictor(
         ModelError: If a model cannot be found or read, was not trained to be pruned, or finds other organs than the
             others.
     """
+    keep_freed_memory()
     named = [model] if isinstance(model, str) else model
     folders = list(dict.fromkeys(folder for name in named for folder in find_models(name, tracking_uri)))
     members = [
