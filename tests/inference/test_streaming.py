@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,7 +107,13 @@ def plain_labels(image: Tensor, network: nn.Module, window: Window, labels: Labe
     return values.argmax(0), best[1] - best[0]
 
 
-def check_streaming(spec: ModelSpec, network: nn.Module, source: Geometry, seed: int) -> None:
+def check_streaming(
+    spec: ModelSpec,
+    network: nn.Module,
+    source: Geometry,
+    seed: int,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> None:
     grid = spec.preprocessing.geometry(source)
     if np.prod(grid.shape) == 1:  # a single voxel shows nothing, and nothing is segmented in it
         return
@@ -117,6 +122,7 @@ def check_streaming(spec: ModelSpec, network: nn.Module, source: Geometry, seed:
     strip_bytes = STRIP_BYTES["cpu"] if min(source.shape) > 20 else 400  # of small scans, too, more than one strip
     with torch.inference_mode():
         expected, lead = plain_labels(image, network.eval(), spec.window, spec.labels, grid, source)
+    network.to(memory_format=layout)  # type: ignore[call-overload]  # which torch's stubs do not know
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(STRIP_BYTES, "cpu", strip_bytes)
         found = predictor.segment_prepared(Prepared(image.numpy(), None, source, grid)).label
@@ -184,11 +190,14 @@ def test_slices_of_any_grid_get_the_plain_programs_labels(
 
 
 @pytest.mark.parametrize("num_outputs", [2, 25, 105])
-def test_a_larger_scan_with_a_real_network_gets_the_plain_programs_labels(num_outputs: int) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_larger_scan_with_a_real_network_gets_the_plain_programs_labels(
+    num_outputs: int, layout: torch.memory_format
+) -> None:
     from medseg.nets import NETS
 
     torch.manual_seed(0)
     network = NETS["unet"].network(spatial_dims=3, in_channels=1, out_channels=num_outputs, channels=(4, 8, 8))
     source = Geometry.from_spacing((52, 47, 60), (0.8, 0.8, 1.1)).oriented("LPS")
     spec = spec_for(labels_of(num_outputs, regions=False), Window((24, 24, 24)), "RAS", (1.5, 1.5, 1.5))
-    check_streaming(replace(spec), network.eval(), source, seed=0)
+    check_streaming(spec, network, source, seed=0, layout=layout)
