@@ -160,7 +160,8 @@ def report(names: list[str], size: tuple[int, ...], repeats: int) -> None:
         counted = number_of_parameters(imagined(NETS[name], len(size))) / 1e6
         found = child("--measure", name, "--size", *map(str, size), "--repeats", str(repeats))
         numbers = [
-            f"{found[key]:.3g}" if key in found else "–" for key in ("forward_s", "forward_mb", "step_s", "step_mb")
+            f"{found[key]:{digits}}" if key in found else "–"
+            for key, digits in (("forward_s", ".3g"), ("forward_mb", ".0f"), ("step_s", ".3g"), ("step_mb", ".0f"))
         ]
         error = f" {found['error']}" if "error" in found else ""
         print(f"| {name} | {counted:.2f} | {flops(name, size) / 1e9:.1f} | {' | '.join(numbers)} |{error}", flush=True)
