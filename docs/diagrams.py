@@ -17,7 +17,7 @@ def main() -> None:
     """Draw them all."""
     FOLDER.mkdir(exist_ok=True)
     for name in NETS:
-        (FOLDER / f"{name}.svg").write_text(drawn(name), encoding="utf-8")
+        (FOLDER / f"{name}.svg").write_text(drawn(name), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

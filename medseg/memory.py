@@ -19,8 +19,8 @@ SIGNS = ("out of memory", "allocate memory", "MemoryError", "bad_alloc", "ALLOC_
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) ([KMGTPE]i?B|bytes)", re.IGNORECASE)
 _BYTES_PER_GB = 1e9
 
-_MALLOPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
-"""Names, numbers and values of what is asked of glibc: see its malloc.h. Its threshold cannot be higher."""
+_M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1  # glibc's malloc.h
+_ASKED_OF_GLIBC = {_M_ARENA_MAX: 1, _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 2**31 - 1}  # its highest ones
 
 
 def keep_freed_memory() -> None:
@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
     if told or sys.platform != "linux":
         return
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for number, value in _MALLOPT.values():
+        for number, value in _ASKED_OF_GLIBC.items():
             mallopt(number, value)
 
 

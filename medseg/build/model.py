@@ -120,6 +120,8 @@ def predictor(
 ) -> Predictor:
     """A trained model, or several whose predictions are averaged, ready to segment.
 
+    The process keeps what memory it frees from now on, see `medseg.memory.keep_freed_memory`.
+
     Args:
         model: A model folder, a run folder, an MLflow run id, or ``models:/name@alias``; of a cross-validation's run
             folder all folds. Or several of them.

@@ -100,7 +100,7 @@ NETS: Registry[NetworkEntry] = Registry(
             SegNet,
             title="SegNet",
             paper="Badrinarayanan et al. 2017, arXiv:1511.00561",
-            good_for="boundaries, little memory",
+            good_for="boundaries without skips",
             tiny={"channels": (8, 16), "convs_per_stage": (1, 2)},
         ),
         "deconvnet": NetworkEntry(
@@ -252,7 +252,7 @@ NETS: Registry[NetworkEntry] = Registry(
             FastFCN,
             title="FastFCN",
             paper="Wu et al. 2019, arXiv:1903.11816",
-            good_for="context at speed",
+            good_for="context, quick in 3D",
             tiny={
                 "encoder": "resnet18",
                 "width": 8,

@@ -43,7 +43,8 @@ class CRF:
         iterations: Mean-field steps.
         compatibility: What neighbors of two labels cost, a row for each label; None: 1 wherever they differ (Potts).
         normalization: ``symmetric``: every voxel's neighbors, itself among them, count about one together, so that weights
-            mean the same at any spacing; ``none``: all pairs count in full.
+            mean the same at any spacing; ``none``: all pairs count in full, in a window the neighbors for those
+            left out.
         connections: ``all``: all pairs of voxels; ``window``: those closer than `cutoff`; ``auto``: all up to 4096 voxels. The
             smoothness kernel, being separable, is always that of all pairs.
         cutoff: Where the window ends, in standard deviations `theta_alpha_mm`.
@@ -82,6 +83,9 @@ class CRF:
         for name, numbers in above_zero.items():
             if not numbers or not all(0 < number < math.inf for number in numbers):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("iterations", "neighbors"):
+            if int(getattr(self, name)) != getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a whole number")
         for name in ("appearance_weight", "smoothness_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
@@ -190,18 +194,31 @@ class Messages:
                 weight.add_(distance).mul_(-0.5).exp_()
                 total[here].addcmul_(weight, values[there])
                 total[there].addcmul_(weight, values[here])
-        return total
+        # Without normalization each neighbor speaks for those left out beside it, too.
+        return total if self.crf.normalization == "symmetric" else total.mul_(self._stands_for)
+
+    @property
+    def _offsets(self) -> list[tuple[tuple[int, ...], float]]:
+        return self._neighbors[0]
+
+    @property
+    def _stands_for(self) -> int:
+        """How many voxels one neighbor in the window is taken for."""
+        return self._neighbors[1]
 
     @cached_property
-    def _offsets(self) -> list[tuple[tuple[int, ...], float]]:
-        """Half of a voxel's neighbors, the others being opposite, and their squared distance in standard deviations."""
+    def _neighbors(self) -> tuple[list[tuple[tuple[int, ...], float]], int]:
+        """Half of a voxel's neighbors, the others being opposite, and their squared distance in standard deviations.
+
+        With them, how many voxels there are for each.
+        """
         stride_mm = 0.0
         while True:
             sides = [self._side(axis, stride_mm) for axis in range(len(self.size))]
             if math.prod(map(len, sides)) <= 8 * (self.crf.neighbors + 1):  # of a box, a ball is an eighth at least
                 found = list(self._half_a_ball(sides))
                 if 2 * len(found) <= self.crf.neighbors:
-                    return found
+                    return found, math.prod(side[1] - side[0] for side in sides if len(side) > 1)
             stride_mm = max(1.1 * stride_mm, min(self.spacing_mm))
 
     def _side(self, axis: int, stride_mm: float) -> list[int]:
@@ -317,7 +334,7 @@ def refine(
             f"spacing {tuple(spacing_mm)} mm; they must be on the same grid"
         )
     crf.check(num_channels=len(image), num_labels=len(prediction), regions=regions)
-    logits = prediction
+    logits = prediction if prediction.dtype == torch.float64 else prediction.float()
     if probabilities:
         logits = prediction.logit(eps=_LEAST) if regions else prediction.clamp(min=_LEAST).log()
     messages = Messages(crf, image[None].to(logits.dtype), spacing_mm)

@@ -22,7 +22,8 @@ class DDRNet(SegmentationNetwork):
 
     Takes any size from `min_size` (64 in 2D, 32 in 3D by default) up; multiples of it need no padding. By default,
     DDRNet-23-slim, 15,261,090 parameters in 3D and 5,694,306 in 2D (one channel in, two out). DDRNet-23 has
-    ``width=64, head_channels=128``; DDRNet-39 ``blocks=(3, 4, 6, 3), exchanges=2, head_channels=256``.
+    ``width=64, head_channels=128``; DDRNet-39 ``width=64, blocks=(3, 4, 6, 3), exchanges=2,
+    head_channels=256``.
 
     Departs from the paper: in 3D the stem halves the resolution once, so that a patch of 96 × 96 × 96 voxels keeps
     three at the bottom; what is pooled over the image is normalized over channels, unless ``norm="batch"``,

@@ -153,11 +153,11 @@ def _kind(name: str, args: Sequence[Any], named: Mapping[str, Any], made: Tensor
             named.get(argument, args[place] if place < len(args) else default)
             for argument, place, default in (("weight", 1, None), ("dilation", 5, 1), ("groups", 6, 1))
         )
+        if max([dilation] if isinstance(dilation, int) else dilation) > 1:
+            return "dilated"
         if groups > 1:
             return "depthwise or grouped"
-        if math.prod(weight.shape[2:]) == 1:
-            return LINEAR
-        return "dilated" if max([dilation] if isinstance(dilation, int) else dilation) > 1 else "convolution"
+        return LINEAR if math.prod(weight.shape[2:]) == 1 else "convolution"
     if "pool" in name or (
         name == "mean" and args[0].dim() == made.dim() and made[0, 0].numel() < args[0][0, 0].numel()
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,12 +20,11 @@ class HRNet(SegmentationNetwork):
     and the logits are interpolated. ``stem_strides=(2, 1)`` keeps 1/2, for thin structures, at four times the
     cost in 2D and eight times in 3D.
 
-    Takes any size from `min_size` (32 by default) up; multiples of it need no padding. By default 28,245,434
-    parameters in 3D and 9,635,090 in 2D (one channel in, two out), HRNet-W18; ``width=32`` and ``width=48`` are
+    Takes any size from `min_size` (32 by default) up; multiples of it need no padding. By default 28,245,704
+    parameters in 3D and 9,635,360 in 2D (one channel in, two out), HRNet-W18; ``width=32`` and ``width=48`` are
     the paper's W32 and W48.
 
-    Departs from the authors' code by default: in 3D instance norm takes the place of batch norm; the head's
-    convolution has no bias, which the norm behind it would take away again.
+    Departs from the authors' code by default: in 3D instance norm takes the place of batch norm.
 
     Args:
         spatial_dims: 2 or 3.
@@ -76,7 +76,7 @@ class HRNet(SegmentationNetwork):
         self.encoder = encoder
         layers = Layers(spatial_dims, norm=norm, activation=activation, dropout=dropout)
         joined = sum(encoder.channels)
-        self.merge = ConvBlock(layers, joined, joined, kernel_size=1)
+        self.merge = ConvBlock(replace(layers, bias=True), joined, joined, kernel_size=1)  # as published
         self.head = layers.head(joined, out_channels)
         for part in (self.merge, self.head):
             initialize(part)

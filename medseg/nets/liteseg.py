@@ -34,8 +34,8 @@ class LiteSeg(DilatedNetwork):
         spatial_dims: 2 or 3.
         in_channels: Channels of the image.
         out_channels: Classes or regions.
-        encoder: ``mobilenet_v2``, ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``xception41`` or
-            ``xception65``.
+        encoder: ``mobilenet_v2``, ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``xception41``,
+            ``xception65`` or ``vgg16``.
         width: Channels of the encoder's stem; all others are in proportion. Published weights of MobileNetV2 have
             32, those of the others 64.
         output_stride: 8, 16 or 32, of the encoder's last features; 8 is better for small organs, and slower.

@@ -20,7 +20,7 @@ SUMMARY = "summary.csv"
 
 COLUMNS = (
     "case", "input", "output", "state", "seconds", "network_seconds", "windows", "windows_in_air", "uncertainty",
-    "agreement", "attempts", "peak_mb", "error_id", "message",
+    "agreement", "crf", "attempts", "peak_mb", "error_id", "message",
 )  # fmt: skip
 
 _MOST_LISTED = 10
@@ -37,7 +37,8 @@ def summary_row(case: str, image: Path, output: Path, told: Mapping[str, Any]) -
     """
     peak_mb = round(told["peak_bytes"] / 1e6) if told["peak_bytes"] else None
     written = str(output) if told["state"] == "done" else None
-    return {**told, "case": case, "input": str(image), "output": written, "peak_mb": peak_mb}
+    crf = "; ".join(told.get("crf", ())) or None
+    return {**told, "case": case, "input": str(image), "output": written, "peak_mb": peak_mb, "crf": crf}
 
 
 def write_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -63,7 +64,9 @@ def prediction_summary(result: Mapping[str, Any]) -> RenderableType:
     counts += [f"{len(failed)} failed"] if failed else []
     lines = [", ".join(counts)]
     if len(done) <= _MOST_LISTED:
-        lines += [f"  {entry['case']}  {entry['output']}" for entry in done]
+        for entry in done:
+            lines.append(f"  {entry['case']}  {entry['output']}")
+            lines += [f"    CRF: {words}" for words in entry.get("crf", ())]
     unsure = sorted((entry for entry in done if "uncertainty" in entry), key=lambda entry: -entry["uncertainty"])
     if len(unsure) > 1:
         first = [f"{entry['case']} ({entry['uncertainty']:.2f})" for entry in unsure]

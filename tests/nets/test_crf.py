@@ -389,3 +389,25 @@ def test_a_step_of_training_can_be_imagined_without_memory(name) -> None:
         network = NETS[name].network(3, 1, 3).train()
         network(torch.empty(1, 1, 64, 64, 64)).sum().backward()
     assert all(weight.grad is not None for weight in network.parameters())
+
+
+def test_without_normalization_a_thinned_window_counts_as_the_full_one() -> None:
+    torch.manual_seed(0)
+    logits, image = torch.randn(2, 14, 14, 14), torch.zeros(1, 14, 14, 14)
+
+    def change(neighbors: int) -> float:
+        crf = CRF(
+            normalization="none", connections="window", theta_alpha_mm=3.0, cutoff=2.0, iterations=1,
+            smoothness_weight=0.0, neighbors=neighbors,
+        )  # fmt: skip
+        return float((refine(logits, image, (1.0, 1.0, 1.0), crf).logits - logits).abs().mean())
+
+    ratios = [change(neighbors) / change(10_000) for neighbors in (400, 120, 30)]
+    assert all(0.5 < ratio < 2 for ratio in ratios), ratios
+
+
+def test_half_precision_is_refined_in_full() -> None:
+    torch.manual_seed(0)
+    logits, image = torch.randn(2, 5, 6), torch.randn(1, 5, 6)
+    found = refine(logits.half(), image.half(), (1.0, 1.0)).logits
+    torch.testing.assert_close(found, refine(logits, image, (1.0, 1.0)).logits, atol=0.02, rtol=0.02)

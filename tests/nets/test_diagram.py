@@ -62,6 +62,10 @@ def test_a_random_field_is_as_many_layers_as_steps():
     assert layers("deep_parsing")[-1].kind == "random field"
 
 
+def test_dilation_is_seen_in_depthwise_convolutions():
+    assert "dilated" in {layer.kind for layer in layers("liteseg")}
+
+
 def test_a_drawing_is_svg_with_a_mark_for_each_layer():
     found = layers("unet")
     picture = drawing(found)
@@ -73,6 +77,7 @@ def test_a_drawing_is_svg_with_a_mark_for_each_layer():
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_page_shows_every_network_as_it_is(name):
-    assert f"(networks/{name}.svg)" in (DOCS / "networks.md").read_text(encoding="utf-8")
+    page, year = (DOCS / "networks.md").read_text(encoding="utf-8"), NETS[name].paper.split(",")[0].split()[-1]
+    assert f"(networks/{name}.svg)" in page and f"(`{name}`, {year})" in page and f"\n*`{name}` measured: " in page
     drawn_then = (DOCS / "networks" / f"{name}.svg").read_text(encoding="utf-8")
     assert drawn_then == drawn(name), "python docs/diagrams.py draws them again"

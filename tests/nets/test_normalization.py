@@ -53,3 +53,14 @@ def test_other_images_are_left_to_torch():
     half = last.bfloat16()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(norm(half), nn.GroupNorm.forward(norm, half), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_network_with_it_exports_for_any_batch(layout):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), made(4, 8)).eval().to(memory_format=layout)
+    x = torch.randn(2, 3, 9, 8)
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=1, max=8)
+        exported = torch.export.export(network, (x,), dynamic_shapes=({0: batch},)).module()
+        torch.testing.assert_close(exported(torch.cat([x, x])), network(torch.cat([x, x])))
