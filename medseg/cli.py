@@ -379,7 +379,9 @@ def report(
 def nets(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One network.")] = None,
     *,
-    spatial_dims: Annotated[int | None, typer.Option(min=2, max=3, help="Only those for 2D or 3D.")] = None,
+    spatial_dims: Annotated[
+        int | None, typer.Option(min=2, max=3, help="Only those for 2D or 3D; of one, this form is told and drawn.")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the network there.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -394,10 +396,14 @@ def nets(
 
         if name is None:
             raise WorkflowError("E-ARGUMENT", "shows one network; say which: medseg nets NAME", where="--picture")
-        picture.parent.mkdir(parents=True, exist_ok=True)
+        if picture.suffix.lower() != ".svg":
+            raise WorkflowError(
+                "E-SUFFIX", f"{str(picture)!r} is drawn as SVG; name it so: FILE.svg", where="--picture"
+            )
         write_atomically(picture, drawn(name, spatial_dims=spatial_dims).encode())
     if name is not None:
-        print_result({"name": name, **explain(name, spatial_dims=spatial_dims)}, as_json, net_page)
+        told = {"picture": str(picture)} if picture else {}
+        print_result({"name": name, **explain(name, spatial_dims=spatial_dims), **told}, as_json, net_page)
         return
     chosen = [key for key, entry in NETS.items() if spatial_dims in (None, *entry.spatial_dims)]
     print_result({key: describe(key, spatial_dims=spatial_dims) for key in chosen}, as_json, nets_table)

@@ -24,6 +24,8 @@ def temporary_path(path: Path) -> Path:
 
 def write_atomically(path: Path, content: bytes | memoryview | Iterator[bytes]) -> None:
     """Write a file, all at once or in pieces; a reader, or a kill at any moment, sees the old one or the new one whole."""
+    if path.exists() and not path.is_file():  # a folder, or a device that would be replaced
+        raise OSError(errno.EINVAL, "is there, and is no file; choose another name", str(path))
     temporary = temporary_path(path)
     try:
         with temporary.open("wb") as stream:

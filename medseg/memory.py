@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
     """Have this process use the memory that it freed again, instead of giving it back and getting new.
 
     The kernel clears each page that it gives, and a network asks for its images anew layer by layer: on a CPU that took a
-    quarter to a third of its time (see `benchmarks/allocation.py`). What is larger than 32 MB still goes back at once, so
+    twentieth to a third of its time (see `benchmarks/allocation.py`). What is larger than 32 MB still goes back at once, so
     that no large holes are left between what is in use. Up to 2 GB of the rest stay with the process once freed.
 
     Nothing is done where the C library is not glibc, or where the environment says how it is to allocate.

@@ -109,4 +109,6 @@ def _in_words(kind: Any) -> str:
     if origin in (Sequence, list, tuple):
         kinds = dict.fromkeys(_in_words(one) for one in inner if one is not ...)
         return f"a list of {' and '.join(name.removeprefix('a ') + 's' for name in kinds)}"
+    if origin in (Mapping, dict):
+        return "names with values, {NAME: VALUE}"
     return str(kind)

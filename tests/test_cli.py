@@ -321,6 +321,15 @@ def test_nets_lists_names_papers_and_uses() -> None:
     assert set(only_2d["unet"]["min_size"]) == {"2d"}
 
 
+def test_nets_draws_one_network(tmp_path: Path) -> None:
+    file = tmp_path / "enet.svg"
+    assert f"drawn: {file}" in medseg("nets", "enet", "--picture", str(file)).stdout.replace("\n", "")
+    assert file.read_text(encoding="utf-8").startswith("<svg")
+    for arguments in (["--picture", str(file)], ["enet", "--picture", str(tmp_path / "enet.png")]):
+        refused = medseg("nets", *arguments)
+        assert refused.exit_code == 2 and "--picture" in refused.stderr
+
+
 def test_nets_of_an_unknown_name_suggests_the_close_one() -> None:
     result = medseg("nets", "unte")
     assert result.exit_code == 2

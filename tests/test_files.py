@@ -21,6 +21,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match="is no file"):
+            write_atomically(tmp_path / name, b"new")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
 def test_only_leftovers_of_dead_processes_of_this_machine_are_removed(tmp_path):
     child = multiprocessing.get_context("spawn").Process(target=int)
     child.start()

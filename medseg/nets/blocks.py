@@ -91,6 +91,8 @@ class Layers:
         bias: bool = True,
     ) -> nn.Module:
         """A convolution; with ``same`` padding, n voxels become n / stride where that divides."""
+        if min(in_channels, out_channels) < 1:
+            raise ValueError(f"a convolution from {in_channels} to {out_channels} channels; give at least 1 everywhere")
         kernel = per_axis(kernel_size, self.spatial_dims)
         strides = per_axis(stride, self.spatial_dims)
         dilations = per_axis(dilation, self.spatial_dims)

@@ -82,7 +82,7 @@ class CRF:
         }
         for name, numbers in above_zero.items():
             if not numbers or not all(0 < number < math.inf for number in numbers):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number above 0")
         for name in ("iterations", "neighbors"):
             if int(getattr(self, name)) != getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a whole number")

@@ -132,8 +132,9 @@ class _Watching(TorchFunctionMode):
         elif channels_last or kind == "unpooling" or made.dim() == self.dims + 2:
             channels = made.shape[-1 if channels_last else 1]
             halvings = round(math.log2(SIZES[self.dims]) - math.log2(made.numel() / channels) / self.dims)
-        else:  # tokens in some arrangement, as many as came in
-            channels, halvings = entering.channels, entering.halvings
+        else:  # tokens in some arrangement, as many as came in; what was expanded is as fine as what it meets
+            finest = min((self.layers[number] for number in sources), key=lambda layer: layer.halvings)
+            channels, halvings = finest.channels, finest.halvings
         step = 0.5 if kind in (SUM, JOINED) else 1.0
         self.layers.append(Layer(kind, channels, max(0, halvings), before + step, sources))
         return len(self.layers) - 1

@@ -55,6 +55,7 @@ def net_page(result: Result) -> RenderableType:
         f"least input  {least}",
         *arguments_table(result),
         parts,
+        *([f"drawn: {result['picture']}"] if "picture" in result else []),
     )
 
 

@@ -227,7 +227,7 @@ def test_a_crf_stands_beside_the_steps_and_is_none_of_them():
         ({"theta_beta": "0.3"}, LABELS, "E-ARGUMENT .*theta_beta is '0.3'"),
         ({"iterations": 2.5}, LABELS, "E-ARGUMENT .*iterations is 2.5; it must be a whole number"),
         ({"connections": "exact"}, LABELS, "E-ARGUMENT .*connections"),
-        ({"theta_alpha_mm": -1}, LABELS, "E-POSTPROCESS crf: theta_alpha_mm is -1; it must be above 0"),
+        ({"theta_alpha_mm": -1}, LABELS, "E-POSTPROCESS crf: theta_alpha_mm is -1; it must be a finite number above 0"),
         ({"theta_beta": [0.1, 0.2]}, LABELS, "E-POSTPROCESS crf: theta_beta has 2 entries; the image has 1 channels"),
         ({"compatibility": [[0, 1], [1, 0]]}, LABELS, "E-POSTPROCESS crf: compatibility must have 3 rows"),
         ({"compatibility": [[0, 1, 1]] * 3}, NESTED, "E-POSTPROCESS crf: .*regions are decided each for itself"),

@@ -222,7 +222,7 @@ def test_a_window_holds_no_more_than_the_prediction_a_few_times() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"theta_beta": 0}, "theta_beta is 0; it must be above 0"),
+        ({"theta_beta": 0}, "theta_beta is 0; it must be a finite number above 0"),
         ({"theta_beta": (1.0, -1.0)}, "theta_beta"),
         ({"theta_beta": ()}, "theta_beta"),
         ({"theta_alpha_mm": float("nan")}, "theta_alpha_mm"),

@@ -50,6 +50,10 @@ def test_tokens_are_at_the_resolution_of_their_patches():
     assert {layer.halvings for layer in layers("swin_unet") if layer.kind == "attention"} == {2, 3, 4, 5}
 
 
+def test_skips_join_the_tokens_that_were_expanded_to_their_grid():
+    assert [layer.halvings for layer in layers("swin_unet") if layer.kind == "joined"] == [4, 3, 2]
+
+
 def test_streams_run_side_by_side():
     found = layers("hrnet")
     last = max(layer.depth for layer in found if layer.halvings == 5)

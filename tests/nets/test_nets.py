@@ -190,3 +190,10 @@ def test_exported_it_computes_the_same_for_any_batch(name: str, dims: int) -> No
     for number in (1, 3):
         x = image(*size, batch=number)
         torch.testing.assert_close(exported(x), network(x))
+
+
+@pytest.mark.parametrize("name", ["ddrnet", "hrnet", "enet", "bisenet", "fast_scnn"])
+def test_no_channels_are_refused(name: str) -> None:
+    none = {"enet": {"channels": (16, 0, 8)}, "fast_scnn": {"channels": (0, 8, 8)}}
+    with pytest.raises(ValueError, match="channels"):
+        NETS[name].network(2, 1, 2, **none.get(name, {"width": 0}))
