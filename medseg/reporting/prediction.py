@@ -37,8 +37,7 @@ def summary_row(case: str, image: Path, output: Path, told: Mapping[str, Any]) -
     """
     peak_mb = round(told["peak_bytes"] / 1e6) if told["peak_bytes"] else None
     written = str(output) if told["state"] == "done" else None
-    crf = "; ".join(told.get("crf", ())) or None
-    return {**told, "case": case, "input": str(image), "output": written, "peak_mb": peak_mb, "crf": crf}
+    return {**told, "case": case, "input": str(image), "output": written, "peak_mb": peak_mb}
 
 
 def write_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -48,7 +47,8 @@ def write_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, [*COLUMNS, *organs], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, **found} for row, found in zip(rows, volumes, strict=True))
+    for row, found in zip(rows, volumes, strict=True):
+        writer.writerow({**row, **found, "crf": "; ".join(row.get("crf") or ())})
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
@@ -66,7 +66,7 @@ def prediction_summary(result: Mapping[str, Any]) -> RenderableType:
     if len(done) <= _MOST_LISTED:
         for entry in done:
             lines.append(f"  {entry['case']}  {entry['output']}")
-            lines += [f"    CRF: {words}" for words in entry.get("crf", ())]
+            lines += [f"    CRF: {words}" for words in entry.get("crf") or ()]
     unsure = sorted((entry for entry in done if "uncertainty" in entry), key=lambda entry: -entry["uncertainty"])
     if len(unsure) > 1:
         first = [f"{entry['case']} ({entry['uncertainty']:.2f})" for entry in unsure]

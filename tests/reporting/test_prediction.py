@@ -1,11 +1,10 @@
 """What is said at the end of a batch, and the table it leaves."""
 
 import csv
-from pathlib import Path
 
 from rich.console import Console
 
-from medseg.reporting.prediction import prediction_summary, summary_row, write_summary
+from medseg.reporting.prediction import prediction_summary, write_summary
 
 
 def shown(result) -> str:
@@ -33,13 +32,12 @@ def test_one_scan_is_told_in_a_line_and_where_it_is():
     assert shown(result(done=[done(1)])).splitlines() == ["1 segmented in 30 s", "  c1  out/c1.nii.gz"]
 
 
-def test_it_is_told_what_a_crf_compared():
+def test_it_is_told_what_a_crf_compared(tmp_path):
     entry = done(1) | {"crf": ["24 × 20 × 22 voxels, windowed (120 neighbors), 0.1 s"]}
     assert shown(result(done=[entry])).splitlines()[-1] == f"    CRF: {entry['crf'][0]}"
-    assert (
-        summary_row("c1", Path("c1.nii"), Path("o"), {**entry, "peak_bytes": 0, "state": "done"})["crf"]
-        == entry["crf"][0]
-    )
+    write_summary(tmp_path / "summary.csv", [entry, done(2) | {"crf": None}])
+    with (tmp_path / "summary.csv").open(encoding="utf-8") as stream:
+        assert [row["crf"] for row in csv.DictReader(stream)] == [entry["crf"][0], ""]
 
 
 def test_a_batch_ends_with_one_table_and_equal_faults_in_one_line():
